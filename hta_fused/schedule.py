@@ -1,0 +1,83 @@
+"""Schedules of the homotopy parameter L: functions of the epoch, joined by `+`. Imports nothing of the package.
+
+    L = decoupled(2) + linear(0.01, 0.005, step=0.001, epochs_per_value=4) + merged()
+    L(0)      # inf
+    L.epochs  # 27
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One value of L for each epoch; the last one holds for ever after."""
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ValueError("values must hold at least one L")
+        for L in self.values:
+            if not L >= 0:
+                raise ValueError(f"L must be in [0, ∞], got {L}")
+
+    def __call__(self, epoch: int) -> float:
+        if epoch < 0:
+            raise ValueError(f"epoch must not be negative, got {epoch}")
+        return self.values[min(epoch, self.epochs - 1)]
+
+    def __add__(self, later: "Schedule") -> "Schedule":
+        return Schedule(self.values + later.values)
+
+    @property
+    def epochs(self) -> int:
+        """The length of the schedule in epochs."""
+        return len(self.values)
+
+
+def constant(L: float, epochs: int = 1) -> Schedule:
+    """The same L for `epochs` epochs."""
+    return Schedule((float(L),) * _positive("epochs", epochs))
+
+
+def linear(start: float, stop: float, step: float, epochs_per_value: int = 1) -> Schedule:
+    """start, start − step, … down to stop, each for `epochs_per_value` epochs; the paper's is (0.01, 0.005, 0.001, 4)."""
+    if not math.inf > start >= stop >= 0:
+        raise ValueError(f"start and stop must satisfy ∞ > start ≥ stop ≥ 0, got {start} and {stop}")
+    if not step > 0:
+        raise ValueError(f"step must be positive, got {step}")
+    count = math.floor((start - stop) / step * (1 + 1e-12) + 1e-9) + 1
+    # Rounding to the step's own digits gives 0.007, not 0.006999999999999999.
+    values = [round(start - i * step, 12) if step > 1e-9 else start - i * step for i in range(count)]
+    return _held(values, epochs_per_value)
+
+
+def geometric(start: float, stop: float, factor: float, epochs_per_value: int = 1) -> Schedule:
+    """start, start·factor, … while not below stop, each for `epochs_per_value` epochs."""
+    if not math.inf > start >= stop > 0:
+        raise ValueError(f"start and stop must satisfy ∞ > start ≥ stop > 0, got {start} and {stop}")
+    if not 0 < factor < 1:
+        raise ValueError(f"factor must be between 0 and 1, got {factor}")
+    count = math.floor(math.log(stop / start) / math.log(factor) + 1e-9) + 1
+    return _held([start * factor**i for i in range(count)], epochs_per_value)
+
+
+def decoupled(epochs: int) -> Schedule:
+    """L = ∞: the low-dimensional problems of equation (2), which know nothing of each other."""
+    return constant(math.inf, epochs)
+
+
+def merged(epochs: int = 1) -> Schedule:
+    """L = 0: the two copies are one."""
+    return constant(0.0, epochs)
+
+
+def _held(values: list[float], epochs_per_value: int) -> Schedule:
+    return Schedule(tuple(L for L in values for _ in range(_positive("epochs_per_value", epochs_per_value))))
+
+
+def _positive(name: str, count: int) -> int:
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+    return count
