@@ -32,6 +32,7 @@ for _schema in (
     f"penalty(Tensor theta, Tensor eta, {_PATTERN}, float L) -> (Tensor, Tensor, Tensor)",
     f"penalty_accumulate_(Tensor(a!) grad_theta, Tensor(b!) grad_eta, Tensor theta, Tensor eta, {_PATTERN}, float L)"
     " -> Tensor",
+    "coefficients(float L, float lr, float momentum, float weight_decay, bool nesterov, str mode) -> (Tensor, Tensor)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _ops = torch.ops.hta_fused
@@ -45,6 +46,23 @@ def _(theta, eta, anchor, codes, labels, L):
 @torch.library.register_fake("hta_fused::penalty_accumulate_", lib=_library)
 def _(grad_theta, grad_eta, theta, eta, anchor, codes, labels, L):
     return theta.new_empty(())
+
+
+@torch.library.register_fake("hta_fused::coefficients", lib=_library)
+def _(L, lr, momentum, weight_decay, nesterov, mode):
+    return torch.empty(1, 6, dtype=torch.float64), torch.empty(1, 3, 2, 3, dtype=torch.float64)
+
+
+def _coefficients(
+    L: float, lr: float, momentum: float, weight_decay: float, nesterov: bool, mode: str
+) -> tuple[Tensor, Tensor]:
+    """(hyper, tables) of one parameter group. An op of its own, so that torch.compile lets L and lr vary."""
+    hyper, per_label = tables.step_coefficients(L, lr, momentum, weight_decay, nesterov, mode)
+    return torch.tensor([hyper], dtype=torch.float64), torch.tensor([per_label], dtype=torch.float64)
+
+
+_library.impl("coefficients", _coefficients, "CompositeExplicitAutograd")
+_cached_coefficients = lru_cache(maxsize=64)(_coefficients)
 
 
 def _penalty_setup(ctx, inputs, output):
@@ -94,9 +112,8 @@ _NAMES = ("cpu", "reference")
 _wanted: str | None = None
 
 
-@cache
-def _extension() -> tuple[ctypes.CDLL | None, str]:
-    """The loaded extension, or None and why not."""
+def _load_extension() -> tuple[ctypes.CDLL | None, str]:
+    """Registers the extension's kernels with torch's dispatcher; None and why not where that fails."""
     path = Path(__file__).with_name("_C.so")
     if not path.exists():
         return None, "the extension was not built; install a C++ compiler, then reinstall hta_fused"
@@ -112,14 +129,18 @@ def _extension() -> tuple[ctypes.CDLL | None, str]:
     return library, ""
 
 
+_extension, _why_no_extension = _load_extension()
+
+
 def backends() -> dict[str, str]:
     """What this install can run: each backend's name with "available …", or why it is missing.
 
     "cpu" is the C++ extension (float32 and float64 on the CPU), "reference" plain PyTorch (any dtype, any device). The
     first that serves a tensor is used; HTA_BACKEND or `use_backend` overrides the choice.
     """
-    library, why_not = _extension()
-    fused = why_not if library is None else f"available ({library.hta_instruction_set().decode()})"
+    fused = _why_no_extension
+    if _extension is not None:
+        fused = f"available ({_extension.hta_instruction_set().decode()})"
     return {"cpu": fused, "reference": "available (plain PyTorch, unfused)"}
 
 
@@ -141,25 +162,23 @@ def use_backend(name: str | None) -> None:
 
 
 @cache
-def _warn_slow(why: str) -> None:
-    warnings.warn(f"hta_fused runs in plain PyTorch, several times slower: {why}", stacklevel=4)
+def _warn_slow() -> None:
+    warnings.warn(f"hta_fused runs in plain PyTorch, several times slower: {_why_no_extension}", stacklevel=4)
 
 
 def kernels(like: Tensor) -> Any:
     """The implementations of the ops (`step_`, `penalty`, `penalty_accumulate_`) that serve a tensor such as `like`."""
     if _wanted == "reference":
         return reference
-    library, why_not = _extension()
-    if library is not None and like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64):
+    if _extension is not None and like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64):
         return _ops
     if _wanted == "cpu":
         raise TypeError(f"backend 'cpu' takes float32 and float64 on the CPU, got {like.dtype} on {like.device}")
-    if library is None and not torch.compiler.is_compiling():
-        _warn_slow(why_not)
+    if _extension is None and not torch.compiler.is_compiling():
+        _warn_slow()
     return reference
 
 
-_extension()  # registers the kernels with torch's dispatcher
 if os.environ.get("HTA_BACKEND"):
     use_backend(os.environ["HTA_BACKEND"])
 
@@ -209,16 +228,6 @@ def _pattern(labels: "Tensor | Partition | None", theta: Tensor) -> tuple[Tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The ops
-
-
-def _coefficients(
-    L: float, lr: float, momentum: float, weight_decay: float, nesterov: bool, mode: str
-) -> tuple[Tensor, Tensor]:
-    hyper, per_label = tables.step_coefficients(L, lr, momentum, weight_decay, nesterov, mode)
-    return torch.tensor([hyper], dtype=torch.float64), torch.tensor([per_label], dtype=torch.float64)
-
-
-_cached_coefficients = lru_cache(maxsize=64)(_coefficients)
 
 
 def _as_scalar(name: str, value: float | Tensor | None, theta: Tensor) -> Tensor | None:
@@ -297,15 +306,15 @@ def homotopy_step_(
         if L is None:
             raise ValueError("L must be given, or tables in its place")
         check_L(L, mode)
-        make = _coefficients if torch.compiler.is_compiling() else _cached_coefficients
+        make = _ops.coefficients if torch.compiler.is_compiling() else _cached_coefficients
         hyper, tables = make(L, lr, momentum, weight_decay, nesterov, mode)
     else:
         if L is not None or mode != "implicit":
             raise ValueError("tables stands in place of L and mode: give one or the other")
         if tables.shape != (3, 2, 3) or tables.dtype != torch.float64:
             raise ValueError(f"tables must be float64 of shape (3, 2, 3), got {tables.dtype} {tuple(tables.shape)}")
-        hyper = _coefficients(1.0, lr, momentum, weight_decay, nesterov, "implicit")[0]
-        tables = tables.contiguous()
+        hyper = _ops.coefficients(1.0, lr, momentum, weight_decay, nesterov, "implicit")[0]
+        tables = tables[None].contiguous()
     if stats is None:
         stats = torch.zeros(4, dtype=torch.float64, device=theta.device)
     elif stats.shape != (4,) or stats.dtype != torch.float64 or not stats.is_contiguous():

@@ -69,8 +69,8 @@ def _table(L: float, lr: float, anchored: Sequence[bool]) -> list[list[float]]:
     q, r = (0.0, 1.0) if L == 0 else (L / (L + 2 * lr), 2 * lr / (L + 2 * lr))
     alpha = [pull if anchored[j] else 0.0 for j in range(m)]
     weight = [1 / (q * (1 + alpha[j]) + m * r) for j in range(m)]
-    total = math.fsum(weight[j] * (1 + alpha[j]) for j in range(m)) / m
-    to_anchor = math.fsum(weight[j] * alpha[j] for j in range(m))
+    total = sum(weight[j] * (1 + alpha[j]) for j in range(m)) / m
+    to_anchor = sum(weight[j] * alpha[j] for j in range(m))
     return [
         [weight[j] * (q * (i == j) + r * weight[i] / total) for i in range(m)]
         + [weight[j] * (q * alpha[j] + r * to_anchor / total)]

@@ -1,0 +1,33 @@
+# make train   set up, then train VGG by homotopy beside SGD on scanned digits (ARGS= are hta-train's flags)
+# make test    set up, then run every test (ARGS= are pytest's)
+# make bench   set up, then measure every speed that the README states
+# make lint    the linter, the formatter's check and the type checker
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: train test bench lint clean
+
+train: $(READY)
+	$(BIN)/hta-train $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python bench/bench.py $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): requirements.txt setup.py pyproject.toml $(wildcard csrc/*)
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info hta_fused/_C.so

@@ -1,0 +1,54 @@
+"""What all tests share: fresh random inputs, and the backends, dtypes, sizes and label patterns to run them over."""
+
+import os
+import random
+
+import pytest
+import torch
+
+import hta_fused as hta
+
+# Around the tile of 1024 elements and the chunk of 16 tiles, and one that no lane width divides.
+SIZES = (0, 1, 7, 1023, 1024, 1025, 16 * 1024, 16 * 1024 + 1, 1_000_003)
+DTYPES = (torch.float32, torch.float64)
+LABELS = ("none", "bytes", "structural", "mixed", "random")
+AVAILABLE = [name for name, state in hta.backends().items() if state.startswith("available")]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Fresh inputs at every run; a failure shows the seed, and HTA_TEST_SEED brings it back."""
+    value = int(os.environ.get("HTA_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"HTA_TEST_SEED={value}")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(params=AVAILABLE)
+def backend(request):
+    hta.use_backend(request.param)
+    yield request.param
+    hta.use_backend(None)
+
+
+def pattern(kind: str, n: int):
+    """(what a user passes as labels, the same as a byte an element)."""
+    random_bytes = torch.randint(0, 3, (n,), dtype=torch.uint8)
+    # Runs of a few tiles whose ends do not fall on tiles' ends: most tiles have one label, some mix.
+    runs = (torch.arange(n) // 2500 % 3).byte()
+    return {
+        "none": (None, torch.zeros(n, dtype=torch.uint8)),
+        "bytes": (random_bytes, random_bytes),
+        "structural": (hta.Partition((torch.arange(n) // 2048 % 3).byte()), (torch.arange(n) // 2048 % 3).byte()),
+        "mixed": (hta.Partition(runs), runs),
+        "random": (hta.Partition(random_bytes), random_bytes),
+    }[kind]
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor, *terms: torch.Tensor) -> float:
+    """The largest error over the largest magnitude among what was expected and the terms it was summed from."""
+    if not expected.numel():
+        return 0.0
+    error = (actual.double() - expected.double()).abs().max()
+    scale = max(t.double().abs().max() for t in (expected, *terms))
+    return float(error / scale) if scale else float(error)

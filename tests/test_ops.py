@@ -1,0 +1,475 @@
+"""The ops against float64: the definition of the step as a minimiser, the definition of the penalty, the reference."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DTYPES, LABELS, SIZES, pattern, relative_error
+from torch import nn
+
+import hta_fused as hta
+from hta_fused import ops, reference
+
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
+
+
+def buffers(n, dtype, device="cpu"):
+    """θ, η, g_θ, g_η, v_θ, v_η, θ̃."""
+    return [torch.randn(n, dtype=dtype, device=device) for _ in range(7)]
+
+
+def expected_step(theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, labels, *, L, lr, momentum, weight_decay, nesterov, mode):
+    """The step in float64 from its definition: SGD's proposals, then per element the 2×2 system of the minimiser."""
+    theta, eta, g_theta, g_eta, v_theta, v_eta = (t.double() for t in (theta, eta, g_theta, g_eta, v_theta, v_eta))
+    anchor = torch.zeros_like(theta) if anchor is None else anchor.double()
+    in_theta, in_eta = (labels == 1).double(), (labels == 2).double()
+    g_theta, g_eta = g_theta + weight_decay * theta, g_eta + weight_decay * eta
+    if mode == "explicit":
+        gap = 2 / L * (theta - eta)
+        g_theta, g_eta = g_theta + 2 * L * in_theta * (theta - anchor) + gap, g_eta + 2 * L * in_eta * (eta - anchor) - gap
+    if momentum:
+        v_theta, v_eta = momentum * v_theta + g_theta, momentum * v_eta + g_eta
+        g_theta, g_eta = (g_theta + momentum * v_theta, g_eta + momentum * v_eta) if nesterov else (v_theta, v_eta)
+    a, b = theta - lr * g_theta, eta - lr * g_eta
+    if mode == "explicit":
+        return a, b, v_theta, v_eta
+    if L == 0:
+        return (a + b) / 2, (a + b) / 2, v_theta, v_eta
+    if L == math.inf:
+        return torch.where(in_theta > 0, anchor, a), torch.where(in_eta > 0, anchor, b), v_theta, v_eta
+    # Stationarity of (|u−a|² + |v−b|²)/(2γ) + L·in_θ|u−θ̃|² + L·in_η|v−θ̃|² + |u−v|²/L, by Cramer's rule, times γ.
+    c = 2 * lr / L
+    p, q = 1 + 2 * lr * L * in_theta + c, 1 + 2 * lr * L * in_eta + c
+    right_u, right_v = a + 2 * lr * L * in_theta * anchor, b + 2 * lr * L * in_eta * anchor
+    determinant = p * q - c * c
+    return (q * right_u + c * right_v) / determinant, (p * right_v + c * right_u) / determinant, v_theta, v_eta
+
+
+def check_step(n, dtype, kind, with_anchor, tolerance=None, **settings):
+    tensors = buffers(n, dtype)
+    anchor = tensors.pop()
+    anchor = anchor if with_anchor else None
+    labels, per_element = pattern(kind, n)
+    expected = expected_step(*tensors, anchor, per_element, **settings)
+    stats = torch.zeros(4, dtype=torch.float64)
+    used = [t.clone() for t in tensors]
+    hta.homotopy_step_(*used, anchor, labels, stats=stats, **settings)
+    theta, eta, *_, v_theta, v_eta = used
+    base = torch.zeros_like(theta) if anchor is None else anchor
+    results = (theta, eta, v_theta, v_eta) if settings["momentum"] else (theta, eta)
+    for name, actual, wanted in zip(("theta", "eta", "v_theta", "v_eta"), results, expected, strict=False):
+        # Cramer's rule itself loses digits as L falls; 1e-14 is asked where it has them.
+        assert relative_error(actual, wanted, *tensors, base) < (tolerance or TOLERANCE[dtype]), name
+    if not settings["momentum"]:
+        assert torch.equal(used[4], tensors[4])
+    in_theta, in_eta = per_element == 1, per_element == 2
+    to_anchor = ((theta - base).double().square() * in_theta + (eta - base).double().square() * in_eta).sum()
+    distance = (theta - eta).double().square().sum()
+    assert stats[0] == pytest.approx(float(to_anchor), rel=TOLERANCE[dtype], abs=0)
+    assert stats[1] == pytest.approx(float(distance), rel=TOLERANCE[dtype], abs=0)
+    assert stats[2:].tolist() == [0, 0]
+    if settings["L"] == 0:
+        assert torch.equal(theta, eta)
+    if settings["L"] == math.inf:
+        assert torch.equal(theta[in_theta], base[in_theta])
+        assert torch.equal(eta[in_eta], base[in_eta])
+
+
+USUAL = dict(lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=False, mode="implicit")
+
+
+@pytest.mark.parametrize("with_anchor", [True, False])
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", SIZES)
+def test_step_solves_its_definition(backend, n, dtype, kind, with_anchor):
+    check_step(n, dtype, kind, with_anchor, L=0.1, **USUAL)
+
+
+@pytest.mark.parametrize("L", [0.0, 1e-6, 1e-3, 0.01, 1.0, 100.0, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_step_for_every_L(backend, L, dtype):
+    # At L = 1e-6 the direct solve in float64 keeps 11 digits.
+    check_step(5003, dtype, "mixed", True, tolerance=1e-10 if 0 < L < 1e-2 and dtype == torch.float64 else None, L=L, **USUAL)
+
+
+@pytest.mark.parametrize("mode", ["implicit", "explicit"])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_step_for_every_setting(backend, dtype, mode, nesterov, momentum, weight_decay):
+    if nesterov and not momentum:
+        pytest.skip("Nesterov needs a momentum")
+    check_step(4099, dtype, "mixed", True, L=0.5, lr=0.1, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, mode=mode)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_decoupled_step_without_anchors_is_torch_sgd(backend, momentum, nesterov):
+    if nesterov and not momentum:
+        pytest.skip("Nesterov needs a momentum")
+    copies = [nn.Parameter(torch.randn(1500)) for _ in range(2)]
+    ours = [p.detach().clone() for p in copies]
+    momenta = [torch.zeros(1500) for _ in range(2)]
+    optimizers = [torch.optim.SGD([p], 0.1, momentum, weight_decay=0.01, nesterov=nesterov) for p in copies]
+    for _ in range(5):
+        grads = [torch.randn(1500) for _ in range(2)]
+        for p, g, optimizer in zip(copies, grads, optimizers, strict=True):
+            p.grad = g.clone()
+            optimizer.step()
+        hta.homotopy_step_(*ours, *grads, *momenta, None, None, L=math.inf, lr=0.1, momentum=momentum, weight_decay=0.01, nesterov=nesterov)
+    for p, x in zip(copies, ours, strict=True):
+        assert relative_error(x, p.detach()) < 1e-6
+
+
+def test_tables_stand_in_place_of_L(backend):
+    tensors = buffers(3000, torch.float64)
+    labels = torch.randint(0, 3, (3000,), dtype=torch.uint8)
+    by_L, by_tables = [t.clone() for t in tensors], [t.clone() for t in tensors]
+    hta.homotopy_step_(*by_L, labels, L=0.02, lr=0.1, momentum=0.9)
+    hta.homotopy_step_(*by_tables, labels, tables=hta.tables.implicit(0.02, 0.1), lr=0.1, momentum=0.9)
+    assert all(torch.equal(a, b) for a, b in zip(by_L, by_tables, strict=True))
+
+
+def test_tables_make_a_mean_teacher(backend):
+    """Another coupling than homotopy's: θ does SGD, η is its moving average."""
+    table = torch.tensor([[1.0, 0.0, 0.0], [0.1, 0.9, 0.0]], dtype=torch.float64).expand(3, 2, 3)
+    theta, eta, g, *_ = buffers(2000, torch.float64)
+    wanted_theta = theta - 0.1 * g
+    wanted_eta = 0.9 * eta + 0.1 * wanted_theta
+    hta.homotopy_step_(theta, eta, g, torch.zeros_like(g), None, None, None, None, tables=table, lr=0.1)
+    assert relative_error(theta, wanted_theta) < 1e-15
+    assert relative_error(eta, wanted_eta) < 1e-15
+
+
+@pytest.mark.parametrize("scale", [1024.0, torch.tensor(1024.0)])
+def test_gradients_are_divided_by_the_scale(backend, scale):
+    tensors = buffers(3000, torch.float32)
+    plain, scaled = [t.clone() for t in tensors[:6]], [t.clone() for t in tensors[:6]]
+    scaled[2] *= 1024
+    scaled[3] *= 1024
+    hta.homotopy_step_(*plain, None, None, L=0.1, lr=0.1, momentum=0.9)
+    hta.homotopy_step_(*scaled, None, None, L=0.1, lr=0.1, momentum=0.9, grad_scale=scale)
+    assert torch.equal(plain[0], scaled[0])
+    assert torch.equal(plain[5], scaled[5])
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("n", [1, 1025, 40_000])
+@pytest.mark.parametrize("which", [2, 3])
+def test_a_gradient_that_is_not_finite_skips_the_step(backend, bad, n, which):
+    tensors = buffers(n, torch.float32)[:6]
+    tensors[which][torch.randint(n, ())] = bad
+    before = [t.clone() for t in tensors]
+    stats = torch.tensor([5.0, 6.0, 0.0, 2.0], dtype=torch.float64)
+    hta.homotopy_step_(*tensors, None, None, L=0.1, lr=0.1, momentum=0.9, stats=stats)
+    for i in (0, 1, 4, 5):
+        assert torch.equal(tensors[i], before[i])
+    assert stats.tolist() == [5, 6, 1, 3]  # the sums still describe the untouched state; one more skip is counted
+
+
+def test_without_the_guard_a_bad_gradient_is_reported(backend):
+    tensors = buffers(5000, torch.float32)[:6]
+    tensors[3][4321] = math.nan
+    stats = torch.zeros(4, dtype=torch.float64)
+    hta.homotopy_step_(*tensors, None, None, L=math.inf, lr=0.1, momentum=0.9, stats=stats, skip_nonfinite=False)
+    assert stats[2:].tolist() == [1, 0]
+    assert tensors[1].isnan().sum() == 1
+
+
+def test_found_inf_skips_the_step(backend):
+    tensors = buffers(100, torch.float32)[:6]
+    before = tensors[0].clone()
+    stats = torch.zeros(4, dtype=torch.float64)
+    for found, skipped in ((1.0, 1), (0.0, 1)):
+        hta.homotopy_step_(*tensors, None, None, L=0.1, lr=0.1, momentum=0.9, found_inf=torch.tensor([found]), stats=stats)
+        assert int(stats[3]) == skipped
+        assert torch.equal(tensors[0], before) == bool(found)
+
+
+@pytest.mark.parametrize("n", [1025, 1_000_003])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_for_any_number_of_threads(n, dtype):
+    if "cpu" not in ops.backends() or not ops.backends()["cpu"].startswith("available"):
+        pytest.skip("no extension")
+    tensors = buffers(n, dtype)
+    labels, _ = pattern("mixed", n)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            used, stats = [t.clone() for t in tensors], torch.zeros(4, dtype=torch.float64)
+            hta.homotopy_step_(*used, labels, L=0.01, lr=0.1, momentum=0.9, stats=stats)
+            value = hta.homotopy_penalty(used[0], used[1], used[6], labels, 0.01)
+            results.append([*used, stats, value])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_every_instruction_set_gives_the_same_elements():
+    """The processors that this library may meet, as far as this one can play them."""
+    code = (
+        "import torch, hta_fused as hta, hashlib; torch.manual_seed(3)\n"
+        "t = [torch.randn(70001) for _ in range(7)]; l = torch.randint(0, 3, (70001,), dtype=torch.uint8)\n"
+        "s = torch.zeros(4, dtype=torch.float64)\n"
+        "hta.homotopy_step_(*t, l, L=.01, lr=.1, momentum=.9, stats=s)\n"
+        "print(hta.backends()['cpu'], hashlib.sha256(b''.join(x.numpy().tobytes() for x in t)).hexdigest(), float(s[0]))"
+    )
+    lines = []
+    for isa in ("plain", "avx2", "avx512"):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HTA_ISA": isa}, check=True)
+        lines.append(done.stdout.split())
+    assert len({line[-2] for line in lines}) == 1
+    sums = [float(line[-1]) for line in lines]
+    assert sums == pytest.approx([sums[0]] * 3, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- penalty
+
+
+def expected_penalty(theta, eta, anchor, labels, L):
+    """Equation (3)'s quadratic terms in float64."""
+    theta, eta = theta.double(), eta.double()
+    anchor = torch.zeros_like(theta) if anchor is None else anchor.double()
+    terms = L * ((theta - anchor)[labels == 1] ** 2).sum() + L * ((eta - anchor)[labels == 2] ** 2).sum()
+    return terms + ((theta - eta) ** 2).sum() / L
+
+
+@pytest.mark.parametrize("with_anchor", [True, False])
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", SIZES)
+def test_penalty_and_its_gradients(backend, n, dtype, kind, with_anchor):
+    theta, eta, anchor, add_theta, add_eta, *_ = buffers(n, dtype)
+    anchor = anchor if with_anchor else None
+    labels, per_element = pattern(kind, n)
+    theta.requires_grad_()
+    eta.requires_grad_()
+    wide = [theta.detach().double().requires_grad_(), eta.detach().double().requires_grad_()]
+    expected = expected_penalty(*wide, anchor, per_element, 0.3)
+    expected_grads = torch.autograd.grad(expected, wide)
+    terms = theta.detach() * 2 / 0.3, eta.detach() * 2 / 0.3
+    value = hta.homotopy_penalty(theta, eta, anchor, labels, 0.3)
+    assert value.dtype == dtype
+    assert value.shape == ()
+    assert relative_error(value.detach(), expected.detach()) < TOLERANCE[dtype]
+    for actual, wanted in zip(torch.autograd.grad(value, [theta, eta]), expected_grads, strict=True):
+        assert relative_error(actual, wanted, *terms) < TOLERANCE[dtype]
+
+    sums = [add_theta.double() + expected_grads[0], add_eta.double() + expected_grads[1]]
+    value = hta.homotopy_penalty_accumulate_(add_theta, add_eta, theta, eta, anchor, labels, 0.3)
+    assert relative_error(value, expected.detach()) < TOLERANCE[dtype]
+    assert relative_error(add_theta, sums[0], *terms) < TOLERANCE[dtype]
+    assert relative_error(add_eta, sums[1], *terms) < TOLERANCE[dtype]
+
+
+def test_penalty_keeps_its_digits_when_the_copies_nearly_agree(backend):
+    theta = torch.randn(10_000)
+    eta = theta * (1 + 1e-4 * torch.randn(10_000))
+    expected = expected_penalty(theta, eta, None, torch.zeros(10_000), 1e-6)
+    assert relative_error(hta.homotopy_penalty(theta, eta, None, None, 1e-6), expected) < 1e-6
+
+
+@pytest.mark.parametrize("with_anchor", [True, False])
+def test_gradcheck_and_gradgradcheck(backend, with_anchor):
+    theta, eta, anchor = (torch.randn(5, 3, dtype=torch.float64) for _ in range(3))
+    labels = torch.randint(0, 3, (5, 3), dtype=torch.uint8)
+
+    def penalty(a, b):
+        return hta.homotopy_penalty(a, b, anchor if with_anchor else None, labels, 0.7)
+
+    inputs = (theta.requires_grad_(), eta.requires_grad_())
+    assert torch.autograd.gradcheck(penalty, inputs)
+    assert torch.autograd.gradgradcheck(penalty, inputs)
+
+
+def test_backward_of_equation_3_is_the_explicit_step(backend):
+    """autograd on (3) plus torch.optim.SGD, the naive way, does what mode="explicit" does."""
+    theta, eta, anchor = (torch.randn(2000, dtype=torch.float64) for _ in range(3))
+    target = torch.randn(2000, dtype=torch.float64)
+    labels = torch.randint(0, 3, (2000,), dtype=torch.uint8)
+    naive = [nn.Parameter(theta.clone()), nn.Parameter(eta.clone())]
+    optimizer = torch.optim.SGD(naive, 0.01, 0.9)
+    momenta = [torch.zeros_like(theta) for _ in range(2)]
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = sum(((p - target) ** 2).sum() for p in naive) + hta.homotopy_penalty(*naive, anchor, labels, 0.5)
+        loss.backward()
+        optimizer.step()
+        hta.homotopy_step_(theta, eta, 2 * (theta - target), 2 * (eta - target), *momenta, anchor, labels, L=0.5, lr=0.01, momentum=0.9, mode="explicit")
+    assert relative_error(theta, naive[0].detach()) < 1e-14
+    assert relative_error(eta, naive[1].detach()) < 1e-14
+
+
+# -------------------------------------------------------------------------------------------------- torch's own checks
+
+needs_extension = pytest.mark.skipif(not hta.backends()["cpu"].startswith("available"), reason="no extension")
+
+
+def op_arguments(dtype=torch.float32, n=2100):
+    labels = hta.Partition((torch.arange(n) // 700).byte())
+    hyper, tables = ops._coefficients(0.1, 0.1, 0.9, 0.0, False, "implicit")
+    stats = torch.zeros(4, dtype=torch.float64)
+    theta, eta, g_theta, g_eta, v_theta, v_eta, anchor = buffers(n, dtype)
+    pattern_ = (anchor, labels.codes, labels.labels)
+    return {
+        "step_": (theta, eta, g_theta, g_eta, v_theta, v_eta, *pattern_, hyper, tables, None, None, stats, True),
+        "penalty": (theta, eta, *pattern_, 0.1),
+        "penalty_accumulate_": (g_theta, g_eta, theta, eta, *pattern_, 0.1),
+    }
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["step_", "penalty", "penalty_accumulate_"])
+def test_opcheck(name, dtype):
+    arguments = op_arguments(dtype)[name]
+    if name == "penalty":
+        arguments = (arguments[0].requires_grad_(), arguments[1].requires_grad_(), *arguments[2:])
+    torch.library.opcheck(getattr(torch.ops.hta_fused, name).default, arguments)
+
+
+@needs_extension
+@pytest.mark.parametrize(("name", "written"), [("step_", [0, 1, 4, 5, 13]), ("penalty_accumulate_", [0, 1])])
+def test_ops_move_version_counters(name, written):
+    arguments = op_arguments()[name]
+    before = [a._version if isinstance(a, torch.Tensor) else None for a in arguments]
+    getattr(torch.ops.hta_fused, name)(*arguments)
+    assert [i for i, (a, v) in enumerate(zip(arguments, before, strict=True)) if v is not None and a._version > v] == written
+
+
+def test_backward_through_an_overwritten_tensor_is_an_error(backend):
+    theta, eta, g, h, *_ = buffers(50, torch.float32)
+    w = torch.randn(50, requires_grad=True)
+    loss = (w * theta).sum()
+    hta.homotopy_step_(theta, eta, g, h, None, None, None, None, L=0.1, lr=0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_extension
+def test_compile_without_a_graph_break():
+    labels = torch.randint(0, 3, (3000,), dtype=torch.uint8)
+
+    def function(L, theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, stats):
+        hta.homotopy_step_(theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, labels, L=L, lr=0.05, momentum=0.9, stats=stats)
+        return hta.homotopy_penalty(theta * 2, eta + 1, anchor, labels, L)
+
+    compiled = torch.compile(function, fullgraph=True)
+    tensors = [*buffers(3000, torch.float32), torch.zeros(4, dtype=torch.float64)]
+    compiled_tensors = [t.clone() for t in tensors]
+    for L in (0.1, 0.09, 0.08):  # a schedule goes on inside
+        assert relative_error(compiled(L, *compiled_tensors), function(L, *tensors)) < 1e-6
+        for a, b in zip(compiled_tensors, tensors, strict=True):
+            assert relative_error(a, b) < 1e-6
+
+
+@needs_extension
+def test_compile_differentiates_the_penalty():
+    theta, eta = (torch.randn(3000, requires_grad=True) for _ in range(2))
+
+    def function(a, b):
+        return hta.homotopy_penalty(a * a, b, None, None, 0.1)
+
+    expected = torch.autograd.grad(function(theta, eta), [theta, eta])
+    actual = torch.autograd.grad(torch.compile(function, fullgraph=True)(theta, eta), [theta, eta])
+    for a, b in zip(actual, expected, strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def good():
+    tensors = dict(zip(("theta", "eta", "grad_theta", "grad_eta", "momentum_theta", "momentum_eta", "anchor"), buffers(10, torch.float32), strict=True))
+    return {**tensors, "labels": torch.zeros(10, dtype=torch.uint8), "L": 0.1, "lr": 0.1, "momentum": 0.9}
+
+
+BAD = [
+    ("eta", torch.randn(9), ValueError, r"eta has shape \(9,\), but theta has shape \(10,\)"),
+    ("grad_theta", torch.randn(10).double(), TypeError, "grad_theta has dtype torch.float64, but theta has dtype torch.float32"),
+    ("anchor", torch.randn(20)[::2], ValueError, "anchor must be contiguous"),
+    ("anchor", "zero", TypeError, "anchor must be a tensor, got str"),
+    ("theta", torch.zeros(10, dtype=torch.int64), TypeError, "theta must have a floating dtype"),
+    ("momentum_eta", None, ValueError, "momentum_eta must be a tensor where momentum is 0.9"),
+    ("grad_eta", torch.randn(10, device="meta"), ValueError, "grad_eta is on meta, but theta is on cpu"),
+    ("labels", torch.full((10,), 3, dtype=torch.uint8), ValueError, "labels must be 0, 1 or 2, got 3"),
+    ("labels", torch.zeros(10, dtype=torch.int64), TypeError, "labels must have dtype torch.uint8"),
+    ("labels", torch.zeros(11, dtype=torch.uint8), ValueError, r"labels has shape \(11,\)"),
+    ("labels", [0] * 10, TypeError, "labels must be a uint8 tensor or a Partition, got list"),
+    ("labels", hta.Partition(torch.zeros(11, dtype=torch.uint8)), ValueError, "labels is a Partition of 11 elements"),
+    ("L", -1.0, ValueError, r"L must be in \[0, ∞\], got -1.0"),
+    ("L", math.nan, ValueError, r"L must be in \[0, ∞\], got nan"),
+    ("L", None, ValueError, "L must be given"),
+    ("lr", 0.0, ValueError, "lr must be positive and finite, got 0.0"),
+    ("lr", math.nan, ValueError, "lr must be positive"),
+    ("momentum", -0.1, ValueError, "momentum must not be negative"),
+    ("weight_decay", -0.1, ValueError, "weight_decay must not be negative"),
+    ("mode", "semi", ValueError, "mode must be 'implicit' or 'explicit', got 'semi'"),
+    ("tables", torch.zeros(3, 2, 3), ValueError, "tables stands in place of L"),
+    ("stats", torch.zeros(3), ValueError, "stats must be contiguous float64"),
+    ("grad_scale", 0.0, ValueError, "grad_scale must be positive"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), BAD)
+def test_bad_input_is_named_before_anything_is_written(backend, name, value, error, message):
+    arguments = {**good(), name: value}
+    before = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.device.type != "meta"}
+    with pytest.raises(error, match=message):
+        hta.homotopy_step_(**arguments)
+    for k, v in before.items():
+        assert torch.equal(arguments[k], v)
+
+
+@pytest.mark.parametrize("L", [0.0, math.inf, -1.0, math.nan])
+def test_penalty_needs_a_finite_positive_L(backend, L):
+    with pytest.raises(ValueError, match="L must be positive and finite"):
+        hta.homotopy_penalty(torch.ones(3), torch.ones(3), None, None, L)
+
+
+@pytest.mark.parametrize("L", [0.0, math.inf])
+def test_explicit_mode_needs_a_finite_positive_L(L):
+    with pytest.raises(ValueError, match="explicit mode"):
+        hta.homotopy_step_(**{**good(), "L": L, "mode": "explicit"})
+
+
+@needs_extension
+def test_direct_calls_of_the_ops_are_kept_inside_their_buffers():
+    arguments = list(op_arguments()["step_"])
+    arguments[1] = arguments[1][:5]
+    with pytest.raises(RuntimeError, match="eta must be a contiguous CPU tensor"):
+        torch.ops.hta_fused.step_(*arguments)
+    arguments = list(op_arguments()["step_"])
+    arguments[7] = arguments[7].clone()
+    arguments[7][0, 1] = 77
+    with pytest.raises(RuntimeError, match="codes of tile 0"):
+        torch.ops.hta_fused.step_(*arguments)
+
+
+def test_unknown_backends_are_refused():
+    with pytest.raises(ValueError, match="backend must be one of cpu, reference, got 'tpu'"):
+        hta.use_backend("tpu")
+
+
+def test_reference_serves_what_the_kernels_do_not():
+    tensors = [t.to(torch.bfloat16) for t in buffers(100, torch.float32)]
+    wide = [t.double() for t in tensors]
+    hta.homotopy_step_(*tensors, None, L=0.1, lr=0.1, momentum=0.9)
+    hta.homotopy_step_(*wide, None, L=0.1, lr=0.1, momentum=0.9)
+    assert relative_error(tensors[0], wide[0]) < 0.02
+
+
+def test_expand_reads_codes_as_the_kernels_do():
+    labels = torch.randint(0, 3, (5000,), dtype=torch.uint8)
+    labels[:2048] = 2
+    partition = hta.Partition(labels)
+    group, label = reference.expand(partition.codes, partition.labels, torch.empty(5000))
+    assert torch.equal(label.byte(), labels)
+    assert not group.any()
