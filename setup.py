@@ -12,7 +12,9 @@ from setuptools import setup
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
-    sys.exit("hta_fused builds against the torch it will run with: install torch, then `pip install --no-build-isolation .`")
+    sys.exit(
+        "hta_fused builds against the torch it will run with: install torch, then `pip install --no-build-isolation .`"
+    )
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10: the oldest release whose stable ABI has what we call
 
@@ -33,8 +35,13 @@ def extensions() -> list:
             include_dirs=["csrc"],
             depends=["csrc/homotopy.h", "csrc/kernels.h", "csrc/cpu_loops.h"],
             # No contraction into FMA: the same bits on every processor.
-            extra_compile_args=["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden",
-                                f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"],
+            extra_compile_args=[
+                "-O3",
+                "-std=c++20",
+                "-ffp-contract=off",
+                "-fvisibility=hidden",
+                f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+            ],
             py_limited_api=True,
         )
     ]

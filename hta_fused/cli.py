@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> None:
             settings = replace(Settings.from_json(json.loads(config.read_text())), out=commands.resume)
         elif settings.out is None:
             stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-            settings = replace(settings, out=Path("runs") / f"{settings.dataset}-{settings.model}-{settings.method}-{stamp}")
+            settings = replace(
+                settings, out=Path("runs") / f"{settings.dataset}-{settings.model}-{settings.method}-{stamp}"
+            )
 
         caught: list[int] = []
 

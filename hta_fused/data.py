@@ -46,7 +46,7 @@ class Images:
         """A digest of all images and labels, so that a run is only resumed on the data it began with."""
         digest = hashlib.sha256()
         for tensor in (self.train, self.train_labels, self.test, self.test_labels):
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
 
@@ -158,7 +158,9 @@ def _from_archive(path: Path, checked: bool = False) -> Images:
     sha256, folder = _ARCHIVES[path.name]
     blob = path.read_bytes()
     if not checked and hashlib.sha256(blob).hexdigest() != sha256:
-        raise ValueError(f"{path} has SHA-256 {hashlib.sha256(blob).hexdigest()}, expected {sha256}: truncated or altered")
+        raise ValueError(
+            f"{path} has SHA-256 {hashlib.sha256(blob).hexdigest()}, expected {sha256}: truncated or altered"
+        )
     suffix = ".bin" if folder.endswith("bin") else ""
     files = {}
     with tarfile.open(fileobj=io.BytesIO(blob)) as archive:
@@ -181,11 +183,14 @@ def _assemble(files: dict[str, bytes], place: str, suffix: str) -> Images:
     parts = {name: decode(blob, f"{place}/{name}{suffix}") for name, blob in files.items()}
     for name, (_, labels) in parts.items():
         if labels.max() > 9:
-            raise ValueError(f"{place}/{name}{suffix} is altered: it holds label {labels.max()}, and CIFAR-10 has 0 to 9")
-    train = [parts[name] for name in _FILES[:-1]]
-    images = [torch.from_numpy(np.concatenate([p[0] for p in part])) for part in (train, [parts["test_batch"]])]
-    labels = [torch.from_numpy(np.concatenate([p[1] for p in part])).long() for part in (train, [parts["test_batch"]])]
-    return Images(images[0], labels[0], images[1], labels[1], True)
+            file = f"{place}/{name}{suffix}"
+            raise ValueError(f"{file} is altered: it holds label {labels.max()}, and CIFAR-10 has 0 to 9")
+    train, test = [parts[name] for name in _FILES[:-1]], [parts[_FILES[-1]]]
+
+    def joined(split: list[tuple[np.ndarray, np.ndarray]], index: int) -> Tensor:
+        return torch.from_numpy(np.concatenate([part[index] for part in split]))
+
+    return Images(joined(train, 0), joined(train, 1).long(), joined(test, 0), joined(test, 1).long(), flip=True)
 
 
 def _decode_binary(blob: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:

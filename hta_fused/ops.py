@@ -238,7 +238,9 @@ def _as_scalar(name: str, value: float | Tensor | None, theta: Tensor) -> Tensor
             raise ValueError(f"{name} must be positive and finite, got {value}")
         return torch.tensor([value], dtype=torch.float64, device=theta.device)
     if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} must be one float32 or float64 number, got {value.dtype} of shape {tuple(value.shape)}")
+        raise ValueError(
+            f"{name} must be one float32 or float64 number, got {value.dtype} of shape {tuple(value.shape)}"
+        )
     return value.contiguous()
 
 

@@ -112,7 +112,7 @@ class HomotopySGD(torch.optim.Optimizer):
         self._complete = held == 2 * len(self.replicas.layout.names)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both copies.
 
         Args:
@@ -228,8 +228,14 @@ class HomotopySGD(torch.optim.Optimizer):
                     elif isinstance(item, Tensor) and id(item) in of_parameter:
                         indices.append(of_parameter[id(item)])
                     else:
-                        what = repr(item) if isinstance(item, str) else f"a tensor of shape {tuple(getattr(item, 'shape', ()))}"
-                        raise ValueError(f"groups name {what}, which is no trainable parameter of θ; there are {', '.join(names)}")
+                        what = (
+                            repr(item)
+                            if isinstance(item, str)
+                            else f"a tensor of shape {tuple(getattr(item, 'shape', ()))}"
+                        )
+                        raise ValueError(
+                            f"groups name {what}, which is no trainable parameter of θ; there are {', '.join(names)}"
+                        )
             if not indices:
                 raise ValueError("groups hold a group whose params match no parameter")
             if taken & set(indices) or len(set(indices)) < len(indices):
@@ -250,7 +256,14 @@ class HomotopySGD(torch.optim.Optimizer):
     def _refresh(self) -> bool:
         """Brings the coefficients up to date with param_groups; returns whether any group has momentum."""
         settings = tuple(
-            (float(g["L"]), float(g["lr"]), float(g["momentum"]), float(g["weight_decay"]), bool(g["nesterov"]), g["mode"])
+            (
+                float(g["L"]),
+                float(g["lr"]),
+                float(g["momentum"]),
+                float(g["weight_decay"]),
+                bool(g["nesterov"]),
+                g["mode"],
+            )
             for g in self.param_groups
         )
         if settings != self._known:

@@ -196,7 +196,9 @@ class Partition:
             end = layout.offsets[i] + view.numel()
             flat[end : layout.tiles(i).stop * TILE] = flat[end - 1]  # so that a tile's padding does not mix it
         if not found and layout.numel:
-            raise ValueError(f"partition {maker!r} found no {wanted} in the model" + (f" part {part!r}" if part else ""))
+            raise ValueError(
+                f"partition {maker!r} found no {wanted} in the model" + (f" part {part!r}" if part else "")
+            )
         return cls(flat, layout)
 
     # ------------------------------------------------------------------------------------------------------- uses
@@ -223,7 +225,11 @@ class Partition:
     def describe(self) -> str:
         """A table: tensor, shape, and how many of its elements have each label."""
         rows = [
-            (name, "×".join(map(str, labels.shape)) or "scalar", *torch.bincount(labels.flatten(), minlength=3).tolist())
+            (
+                name,
+                "×".join(map(str, labels.shape)) or "scalar",
+                *torch.bincount(labels.flatten(), minlength=3).tolist(),
+            )
             for name, labels in self.by_name().items()
         ]
         rows.append(("total", "", *(sum(row[c] for row in rows) for c in (2, 3, 4))))
@@ -231,7 +237,9 @@ class Partition:
         table += [(name, shape, *(f"{c:,}" for c in counts)) for name, shape, *counts in rows]
         widths = [max(len(row[c]) for row in table) for c in range(5)]
         return "\n".join(
-            "  ".join(cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in table
         )
 

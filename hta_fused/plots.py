@@ -30,7 +30,9 @@ def curves(rows: list[dict[str, Any]], path: Path) -> None:
     if apart:
         for seed in dict.fromkeys(r["seed"] for r in apart):
             mine = [r for r in apart if r["seed"] == seed]
-            axes[2].plot([r["epoch"] for r in mine], [r["distance"] for r in mine], "o-", color=f"C{labels.index('HTA')}")
+            axes[2].plot(
+                [r["epoch"] for r in mine], [r["distance"] for r in mine], "o-", color=f"C{labels.index('HTA')}"
+            )
         axes[2].set(xlabel="epoch", title="‖θ − η‖ while there are two copies", ylim=(0, None))
         axes[2].grid(alpha=0.3)
     figure.savefig(path, dpi=130)

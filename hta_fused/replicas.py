@@ -186,7 +186,9 @@ class Replicas:
             raise ValueError(f"batches must be none, one for both copies or one for each, got {len(batches)}")
         return batches[:1], batches[-1:]
 
-    def _anchor(self, anchor: str | Tensor | Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    def _anchor(
+        self, anchor: str | Tensor | Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> Tensor | None:
         source: Mapping[str, Tensor]
         if isinstance(anchor, Tensor):
             if anchor.shape != (self.layout.numel,):
@@ -207,7 +209,9 @@ class Replicas:
             if name not in source:
                 raise ValueError(f"anchor has no entry {name!r}")
             if source[name].shape != view.shape:
-                raise ValueError(f"anchor's {name!r} has shape {tuple(source[name].shape)}, but the model's has {tuple(view.shape)}")
+                raise ValueError(
+                    f"anchor's {name!r} has shape {tuple(source[name].shape)}, but the model's has {tuple(view.shape)}"
+                )
             view.copy_(source[name].detach())
         return flat
 
@@ -224,7 +228,7 @@ def reinitialised(model: nn.Module) -> nn.Module:
         return fresh
     for name, module in fresh.named_modules():
         if callable(getattr(module, "reset_parameters", None)):
-            module.reset_parameters()  # type: ignore[operator]
+            module.reset_parameters()
         elif any(p.requires_grad for p in module.parameters(recurse=False)):
             raise ValueError(
                 f"module {name or 'model'!r} ({type(module).__name__}) holds parameters but has no reset_parameters(); "

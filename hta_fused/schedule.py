@@ -1,8 +1,8 @@
 """Schedules of the homotopy parameter L: functions of the epoch, joined by `+`. Imports nothing of the package.
 
-    L = decoupled(2) + linear(0.01, 0.005, step=0.001, epochs_per_value=4) + merged()
-    L(0)      # inf
-    L.epochs  # 27
+L = decoupled(2) + linear(0.01, 0.005, step=0.001, epochs_per_value=4) + merged()
+L(0)      # inf
+L.epochs  # 27
 """
 
 import math

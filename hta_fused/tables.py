@@ -79,7 +79,12 @@ def _table(L: float, lr: float, anchored: Sequence[bool]) -> list[list[float]]:
 
 
 def step_coefficients(
-    L: float, lr: float, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False, mode: str = "implicit"
+    L: float,
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    mode: str = "implicit",
 ) -> tuple[list[float], list[list[list[float]]]]:
     """The step op's numbers for one parameter group: its row of `hyper` (as csrc/homotopy.h lists it) and its tables."""
     lr_grad, lr_momentum = (lr, lr * momentum) if nesterov or momentum == 0 else (0.0, lr)

@@ -28,6 +28,7 @@ from .partition import BY_NAME
 from .replicas import Replicas
 from .vgg import VGG
 
+
 @dataclass(frozen=True)
 class Settings:
     """Train a VGG by homotopy (HTA), by SGD, or both beside each other.
@@ -146,6 +147,11 @@ class Settings:
             return self.lr * (0.04 + 0.96 * part / rise if part < rise else max(1e-3, (1 - part) / (1 - rise)))
         return self.lr
 
+    @property
+    def layout(self) -> torch.memory_format:
+        """The memory format of images and kernels."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON holds them."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
@@ -212,15 +218,11 @@ class Run:
     def __post_init__(self) -> None:
         s = self.settings
         torch.manual_seed(self.job.seed)
-        self.model = vgg(s).to(resolve_device(s.device))
-        if s.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
+        self.model = in_layout(vgg(s).to(resolve_device(s.device)), s.layout)
         if self.job.method == "hta":
             part = None if s.part == "all" else s.part
             self.replicas = Replicas(self.model, BY_NAME[s.partition](self.model, part), s.anchor, s.eta)
-            self.optimizer = HomotopySGD(
-                self.replicas, s.lr, s.momentum, s.weight_decay, L=s.homotopy(0), mode=s.mode
-            )
+            self.optimizer = HomotopySGD(self.replicas, s.lr, s.momentum, s.weight_decay, L=s.homotopy(0), mode=s.mode)
         else:
             self.optimizer = self._sgd()
 
@@ -284,7 +286,11 @@ class Run:
         }  # fmt: skip
         row["test_loss_theta"], row["test_accuracy_theta"] = self.evaluate(self.model)
         if self.replicas is None:
-            row["test_loss"], row["test_accuracy"], row["distance"] = row["test_loss_theta"], row["test_accuracy_theta"], 0.0
+            row["test_loss"], row["test_accuracy"], row["distance"] = (
+                row["test_loss_theta"],
+                row["test_accuracy_theta"],
+                0.0,
+            )
         else:
             row["test_loss_eta"], row["test_accuracy_eta"] = self.evaluate(self.replicas.eta)
             row["distance"] = self.replicas.distance()
@@ -346,6 +352,10 @@ def vgg(settings: Settings) -> VGG:
     return VGG(settings.model, settings.batch_norm, settings.width)
 
 
+def in_layout(model: nn.Module, layout: torch.memory_format) -> nn.Module:
+    return model.to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs lack it
+
+
 def resolve_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
@@ -395,7 +405,9 @@ class Trainer:
         self.out = settings.out
         self.checkpoint = self.out / "checkpoint.pt"
         if self.checkpoint.exists() and not resume:
-            raise FileExistsError(f"{self.out} already holds a run: --resume {self.out} goes on with it, or choose another --out")
+            raise FileExistsError(
+                f"{self.out} already holds a run: --resume {self.out} goes on with it, or choose another --out"
+            )
         if resume and not self.checkpoint.exists():
             raise FileNotFoundError(f"{self.out} holds no checkpoint.pt to resume from")
         if settings.threads:
@@ -436,8 +448,7 @@ class Trainer:
 
     def _batches(self, job: Job) -> data.Batches:
         s = self.settings
-        layout = torch.channels_last if s.channels_last else torch.contiguous_format
-        return data.Batches(self.images, s.batch_size, job.seed, resolve_device(s.device), layout)
+        return data.Batches(self.images, s.batch_size, job.seed, resolve_device(s.device), s.layout)
 
     def _epoch(self, run: Run) -> bool:
         total, start, already = len(run.batches), time.perf_counter(), run.losses[2].item()
@@ -494,7 +505,10 @@ def summarise(rows: list[dict[str, Any]], settings: Settings, fingerprint: str) 
     runs = {}
     for label in dict.fromkeys(row["run"] for row in rows):
         mine = [row for row in rows if row["run"] == label]
-        last = [max((r for r in mine if r["seed"] == seed), key=lambda r: r["epoch"]) for seed in sorted({r["seed"] for r in mine})]
+        last = [
+            max((r for r in mine if r["seed"] == seed), key=lambda r: r["epoch"])
+            for seed in sorted({r["seed"] for r in mine})
+        ]
         accuracies = [row["test_accuracy"] for row in last]
         runs[label] = {
             "epochs": last[0]["epoch"],
@@ -589,11 +603,10 @@ def evaluate_file(file: Path, settings: Settings) -> tuple[float, float]:
     if config.exists():
         settings = replace(Settings.from_json(json.loads(config.read_text())), data_dir=settings.data_dir)
     state = torch.load(file, map_location="cpu", weights_only=True)
-    model = vgg(settings)
+    model: nn.Module = vgg(settings)
     model.load_state_dict(state)
     device = resolve_device(settings.device)
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    model = model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+    model = in_layout(model.to(device), settings.layout)
     images = data.load(settings.dataset, settings.data_dir, settings.download)
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-        return evaluate(model, data.Batches(images, settings.batch_size, 0, device, layout))
+        return evaluate(model, data.Batches(images, settings.batch_size, 0, device, settings.layout))

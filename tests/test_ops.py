@@ -21,7 +21,9 @@ def buffers(n, dtype, device="cpu"):
     return [torch.randn(n, dtype=dtype, device=device) for _ in range(7)]
 
 
-def expected_step(theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, labels, *, L, lr, momentum, weight_decay, nesterov, mode):
+def expected_step(
+    theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, labels, *, L, lr, momentum, weight_decay, nesterov, mode
+):
     """The step in float64 from its definition: SGD's proposals, then per element the 2×2 system of the minimiser."""
     theta, eta, g_theta, g_eta, v_theta, v_eta = (t.double() for t in (theta, eta, g_theta, g_eta, v_theta, v_eta))
     anchor = torch.zeros_like(theta) if anchor is None else anchor.double()
@@ -29,7 +31,10 @@ def expected_step(theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, labels, *,
     g_theta, g_eta = g_theta + weight_decay * theta, g_eta + weight_decay * eta
     if mode == "explicit":
         gap = 2 / L * (theta - eta)
-        g_theta, g_eta = g_theta + 2 * L * in_theta * (theta - anchor) + gap, g_eta + 2 * L * in_eta * (eta - anchor) - gap
+        g_theta, g_eta = (
+            g_theta + 2 * L * in_theta * (theta - anchor) + gap,
+            g_eta + 2 * L * in_eta * (eta - anchor) - gap,
+        )
     if momentum:
         v_theta, v_eta = momentum * v_theta + g_theta, momentum * v_eta + g_eta
         g_theta, g_eta = (g_theta + momentum * v_theta, g_eta + momentum * v_eta) if nesterov else (v_theta, v_eta)
@@ -38,7 +43,7 @@ def expected_step(theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, labels, *,
         return a, b, v_theta, v_eta
     if L == 0:
         return (a + b) / 2, (a + b) / 2, v_theta, v_eta
-    if L == math.inf:
+    if math.inf == L:
         return torch.where(in_theta > 0, anchor, a), torch.where(in_eta > 0, anchor, b), v_theta, v_eta
     # Stationarity of (|u−a|² + |v−b|²)/(2γ) + L·in_θ|u−θ̃|² + L·in_η|v−θ̃|² + |u−v|²/L, by Cramer's rule, times γ.
     c = 2 * lr / L
@@ -93,7 +98,9 @@ def test_step_solves_its_definition(backend, n, dtype, kind, with_anchor):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_step_for_every_L(backend, L, dtype):
     # At L = 1e-6 the direct solve in float64 keeps 11 digits.
-    check_step(5003, dtype, "mixed", True, tolerance=1e-10 if 0 < L < 1e-2 and dtype == torch.float64 else None, L=L, **USUAL)
+    check_step(
+        5003, dtype, "mixed", True, tolerance=1e-10 if 0 < L < 1e-2 and dtype == torch.float64 else None, L=L, **USUAL
+    )
 
 
 @pytest.mark.parametrize("mode", ["implicit", "explicit"])
@@ -104,7 +111,18 @@ def test_step_for_every_L(backend, L, dtype):
 def test_step_for_every_setting(backend, dtype, mode, nesterov, momentum, weight_decay):
     if nesterov and not momentum:
         pytest.skip("Nesterov needs a momentum")
-    check_step(4099, dtype, "mixed", True, L=0.5, lr=0.1, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, mode=mode)
+    check_step(
+        4099,
+        dtype,
+        "mixed",
+        True,
+        L=0.5,
+        lr=0.1,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        mode=mode,
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -121,7 +139,18 @@ def test_decoupled_step_without_anchors_is_torch_sgd(backend, momentum, nesterov
         for p, g, optimizer in zip(copies, grads, optimizers, strict=True):
             p.grad = g.clone()
             optimizer.step()
-        hta.homotopy_step_(*ours, *grads, *momenta, None, None, L=math.inf, lr=0.1, momentum=momentum, weight_decay=0.01, nesterov=nesterov)
+        hta.homotopy_step_(
+            *ours,
+            *grads,
+            *momenta,
+            None,
+            None,
+            L=math.inf,
+            lr=0.1,
+            momentum=momentum,
+            weight_decay=0.01,
+            nesterov=nesterov,
+        )
     for p, x in zip(copies, ours, strict=True):
         assert relative_error(x, p.detach()) < 1e-6
 
@@ -186,7 +215,9 @@ def test_found_inf_skips_the_step(backend):
     before = tensors[0].clone()
     stats = torch.zeros(4, dtype=torch.float64)
     for found, skipped in ((1.0, 1), (0.0, 1)):
-        hta.homotopy_step_(*tensors, None, None, L=0.1, lr=0.1, momentum=0.9, found_inf=torch.tensor([found]), stats=stats)
+        hta.homotopy_step_(
+            *tensors, None, None, L=0.1, lr=0.1, momentum=0.9, found_inf=torch.tensor([found]), stats=stats
+        )
         assert int(stats[3]) == skipped
         assert torch.equal(tensors[0], before) == bool(found)
 
@@ -223,7 +254,9 @@ def test_every_instruction_set_gives_the_same_elements():
     )
     lines = []
     for isa in ("plain", "avx2", "avx512"):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HTA_ISA": isa}, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "HTA_ISA": isa}, check=True
+        )
         lines.append(done.stdout.split())
     assert len({line[-2] for line in lines}) == 1
     sums = [float(line[-1]) for line in lines]
@@ -302,7 +335,19 @@ def test_backward_of_equation_3_is_the_explicit_step(backend):
         loss = sum(((p - target) ** 2).sum() for p in naive) + hta.homotopy_penalty(*naive, anchor, labels, 0.5)
         loss.backward()
         optimizer.step()
-        hta.homotopy_step_(theta, eta, 2 * (theta - target), 2 * (eta - target), *momenta, anchor, labels, L=0.5, lr=0.01, momentum=0.9, mode="explicit")
+        hta.homotopy_step_(
+            theta,
+            eta,
+            2 * (theta - target),
+            2 * (eta - target),
+            *momenta,
+            anchor,
+            labels,
+            L=0.5,
+            lr=0.01,
+            momentum=0.9,
+            mode="explicit",
+        )
     assert relative_error(theta, naive[0].detach()) < 1e-14
     assert relative_error(eta, naive[1].detach()) < 1e-14
 
@@ -341,7 +386,9 @@ def test_ops_move_version_counters(name, written):
     arguments = op_arguments()[name]
     before = [a._version if isinstance(a, torch.Tensor) else None for a in arguments]
     getattr(torch.ops.hta_fused, name)(*arguments)
-    assert [i for i, (a, v) in enumerate(zip(arguments, before, strict=True)) if v is not None and a._version > v] == written
+    assert [
+        i for i, (a, v) in enumerate(zip(arguments, before, strict=True)) if v is not None and a._version > v
+    ] == written
 
 
 def test_backward_through_an_overwritten_tensor_is_an_error(backend):
@@ -358,7 +405,9 @@ def test_compile_without_a_graph_break():
     labels = torch.randint(0, 3, (3000,), dtype=torch.uint8)
 
     def function(L, theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, stats):
-        hta.homotopy_step_(theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, labels, L=L, lr=0.05, momentum=0.9, stats=stats)
+        hta.homotopy_step_(
+            theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, labels, L=L, lr=0.05, momentum=0.9, stats=stats
+        )
         return hta.homotopy_penalty(theta * 2, eta + 1, anchor, labels, L)
 
     compiled = torch.compile(function, fullgraph=True)
@@ -387,7 +436,13 @@ def test_compile_differentiates_the_penalty():
 
 
 def good():
-    tensors = dict(zip(("theta", "eta", "grad_theta", "grad_eta", "momentum_theta", "momentum_eta", "anchor"), buffers(10, torch.float32), strict=True))
+    tensors = dict(
+        zip(
+            ("theta", "eta", "grad_theta", "grad_eta", "momentum_theta", "momentum_eta", "anchor"),
+            buffers(10, torch.float32),
+            strict=True,
+        )
+    )
     return {**tensors, "labels": torch.zeros(10, dtype=torch.uint8), "L": 0.1, "lr": 0.1, "momentum": 0.9}
 
 

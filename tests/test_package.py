@@ -1,0 +1,105 @@
+"""The package as people meet it: the README's code, wheels in a clean environment, an install without a compiler."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+import hta_fused as hta
+
+ROOT = Path(__file__).parent.parent
+SMOKE = """
+import sys, torch, hta_fused as hta
+assert sys.prefix in hta.__file__, hta.__file__
+theta, eta, g, h = (torch.randn(3000) for _ in range(4))
+hta.homotopy_step_(theta, eta, g, h, None, None, None, None, L=0.0, lr=0.1)
+assert torch.equal(theta, eta)
+model = torch.nn.Linear(4, 4)
+replicas = hta.Replicas(model, {"weight": 1})
+hta.HomotopySGD(replicas, 0.1, 0.9).step()
+print(hta.backends()["cpu"])
+"""
+
+
+def test_the_readmes_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 1
+    assert len([line for line in blocks[0].splitlines() if line.strip()]) < 20
+    scope: dict = {}
+    exec(blocks[0], scope)
+    assert scope["optimizer"].stats.distance == 0
+    assert scope["merged"](scope["images"]).shape == (256, 10)
+
+
+def test_every_public_name_is_documented():
+    for name in hta.__all__:
+        assert (getattr(hta, name).__doc__ or "").strip(), name
+    assert (ROOT / "hta_fused" / "py.typed").exists()
+
+
+def build_wheel(source: Path, folder: Path, **environment: str) -> tuple[Path, str]:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(source),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = folder.glob("*.whl")
+    return wheel, done.stdout + done.stderr
+
+
+@pytest.fixture
+def source(tmp_path):
+    """The sources as a clean checkout has them."""
+    for name in ("csrc", "hta_fused"):
+        shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "source" / name)
+    return tmp_path / "source"
+
+
+def install_and_smoke(wheel: Path, folder: Path) -> subprocess.CompletedProcess:
+    """A new environment that shares this one's torch and nothing else of ours."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)], check=True
+    )
+    (site / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "HTA_"))}
+    return subprocess.run(
+        [str(folder / "bin" / "python"), "-c", SMOKE], capture_output=True, text=True, cwd=folder, env=environment
+    )
+
+
+@pytest.mark.skipif(not hta.backends()["cpu"].startswith("available"), reason="no C++ compiler")
+def test_the_wheel_works_in_another_environment(source, tmp_path):
+    wheel, _ = build_wheel(source, tmp_path / "dist")
+    assert "abi3" in wheel.name
+    done = install_and_smoke(wheel, tmp_path / "env")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("available")
+
+
+def test_without_a_compiler_the_install_succeeds_and_says_so(source, tmp_path):
+    wheel, log = build_wheel(source, tmp_path / "dist", CXX="no-such-compiler")
+    assert "no C++ compiler ('no-such-compiler' is not on the PATH)" in log
+    assert "slower pure-PyTorch backend will serve" in log
+    done = install_and_smoke(wheel, tmp_path / "env")
+    assert done.returncode == 0, done.stderr
+    assert "the extension was not built" in done.stdout
+    assert "several times slower" in done.stderr

@@ -1,0 +1,45 @@
+"""Schedules of L: the values, how they join, what they refuse."""
+
+import math
+
+import pytest
+
+from hta_fused import schedule
+
+
+def test_the_papers_schedule():
+    L = schedule.linear(0.01, 0.005, 0.001, 4)
+    assert L.epochs == 24
+    assert L.values[::4] == (0.01, 0.009, 0.008, 0.007, 0.006, 0.005)
+    assert [L(0), L(3), L(4), L(23), L(1000)] == [0.01, 0.01, 0.009, 0.005, 0.005]
+
+
+def test_geometric_halves():
+    assert schedule.geometric(1.0, 0.125, 0.5, 2).values == (1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125)
+
+
+def test_schedules_join():
+    L = schedule.decoupled(2) + schedule.constant(0.1, 3) + schedule.merged()
+    assert L.values == (math.inf, math.inf, 0.1, 0.1, 0.1, 0.0)
+    assert L(99) == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: schedule.linear(0.005, 0.01, 0.001), "start"),
+        (lambda: schedule.linear(0.01, 0.005, 0), "step"),
+        (lambda: schedule.linear(0.01, 0.005, 0.001, 0), "epochs_per_value"),
+        (lambda: schedule.linear(math.inf, 0.005, 0.001), "start"),
+        (lambda: schedule.geometric(1.0, 0.0, 0.5), "stop"),
+        (lambda: schedule.geometric(1.0, 0.1, 1.5), "factor"),
+        (lambda: schedule.constant(-1.0), "L"),
+        (lambda: schedule.constant(math.nan), "L"),
+        (lambda: schedule.merged(0), "epochs"),
+        (lambda: schedule.constant(1.0)(-1), "epoch"),
+        (lambda: schedule.Schedule(()), "values"),
+    ],
+)
+def test_nonsense_is_named(make, name):
+    with pytest.raises(ValueError, match=name):
+        make()

@@ -1,0 +1,327 @@
+"""The trainer: its files, its bits after being killed, its command line."""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hta_fused import cli, trainer
+from hta_fused.vgg import CONFIGURATIONS, VGG
+
+# Two epochs apart, one merged; a second or two.
+TINY = trainer.Settings(dataset="synthetic", width=0.125, epochs=3, L_stop=0.009, batch_size=128, threads=1)
+FLAGS = [
+    "--dataset",
+    "synthetic",
+    "--width",
+    "0.125",
+    "--epochs",
+    "3",
+    "--L-stop",
+    "0.009",
+    "--batch-size",
+    "128",
+    "--threads",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    lines = []
+    assert trainer.Trainer(replace(TINY, out=out, seeds=2), report=lines.append).train()
+    return out, lines
+
+
+def metrics(out: Path) -> list[dict]:
+    """What the run measured, without what the clock did."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def test_a_comparison_leaves_its_files(finished):
+    out, lines = finished
+    names = {p.name for p in out.iterdir() if p.is_file()}
+    models = {f"{run}-seed{s}.pt" for run in ("sgd", "sgd-equal-work", "hta") for s in (0, 1)}
+    assert names == {"config.json", "metrics.jsonl", "summary.json", "curves.png", "checkpoint.pt", *models}
+    rows = metrics(out)
+    assert len(rows) == 2 * (3 + 5 + 3)
+    apart = [row for row in rows if row["run"] == "HTA" and row["seed"] == 1]
+    assert [row["L"] for row in apart] == [0.01, 0.009, 0.0]
+    assert [row["copies"] for row in apart] == [2, 2, 1]
+    assert apart[0]["distance"] > 0
+    assert {"test_accuracy_theta", "test_accuracy_eta", "test_accuracy", "train_loss_eta", "lr"} <= set(apart[0])
+    summary = json.loads((out / "summary.json").read_text())
+    assert [run["work"] for run in summary["runs"].values()] == [3, 5, 5]
+    assert summary["runs"]["HTA"]["accuracy_deviation"] is not None
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| HTA | 3 | 5 |" in lines[-1]
+    assert trainer.Settings.from_json(json.loads((out / "config.json").read_text())) == replace(TINY, out=out, seeds=2)
+
+
+def test_sgd_learns_something(finished):
+    rows = [row for row in metrics(finished[0]) if row["run"] == "SGD, equal work"]
+    assert rows[4]["train_loss_theta"] < rows[0]["train_loss_theta"]
+
+
+def test_exported_state_dict_is_a_plain_vggs(finished, capsys):
+    out, _ = finished
+    state = torch.load(out / "hta-seed1.pt", weights_only=True)
+    VGG("vgg11", batch_norm=True, width=0.125).load_state_dict(state)
+    last = [row for row in metrics(out) if row["run"] == "HTA" and row["seed"] == 1][-1]
+    cli.main(["--evaluate", str(out / "hta-seed1.pt")])
+    assert f"test accuracy {last['test_accuracy']:.2f}%, test loss {last['test_loss']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(precision="bf16", channels_last=True),
+        dict(decoupled=1, partition="random_units", anchor="zero", eta="independent", epochs=4),
+        dict(
+            schedule="geometric",
+            L_step=0.5,
+            L_start=1.0,
+            L_stop=0.5,
+            part="classifier",
+            partition="layer_halves",
+            anchor="random",
+        ),
+        dict(mode="explicit", L_start=0.5, L_stop=0.5, lr=0.01, lr_schedule="one-cycle", batch_norm=False),
+        dict(schedule="constant", epochs_per_L=3, lr_schedule="halve"),  # merged only at the very end
+    ],
+)
+def test_every_setting_trains(tmp_path, changes):
+    settings = replace(TINY, method="hta", out=tmp_path / "run", **changes)
+    assert trainer.Trainer(settings, report=lambda _: None).train()
+    rows = metrics(tmp_path / "run")
+    assert len(rows) == settings.epochs
+    assert all(math.isfinite(row["test_loss"]) for row in rows)
+    if changes.get("decoupled"):
+        assert rows[0]["L"] == "inf"
+
+
+# ------------------------------------------------------------------------------------------------- stopped and resumed
+
+
+def start(out: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "hta_fused.cli", *flags]
+    return subprocess.Popen([*command, "--out", str(out)] if "--resume" not in flags else command,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def same_results(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    for file in sorted(a.glob("*-seed*.pt")):
+        first, second = (torch.load(d / file.name, weights_only=True) for d in (a, b))
+        assert all(torch.equal(first[k], second[k]) for k in first), file.name
+    assert sorted(p.name for p in a.glob("*.pt")) == sorted(p.name for p in b.glob("*.pt"))
+
+
+def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(tmp_path, seed):
+    """Real processes, SIGKILL. The moments are spread over the whole run, its first write and its last included."""
+    flags = [*FLAGS, "--epochs", "4", "--seed", "5"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    began = time.monotonic()
+    process = start(whole, *flags)
+    wait_for(whole / "checkpoint.pt", process)
+    first_checkpoint = time.monotonic()
+    assert process.wait(120) == 0
+    length = time.monotonic() - first_checkpoint
+    assert first_checkpoint - began < 100
+
+    moments = random.Random(seed)
+    process = start(broken, *flags)
+    for _ in range(4):
+        wait_for(broken / "checkpoint.pt", process)
+        time.sleep(moments.uniform(0, length / 3))
+        process.kill()
+        process.communicate()
+        assert torch.load(broken / "checkpoint.pt", weights_only=True)["settings"]["seed"] == 5
+        process = start(broken, "--resume", str(broken))
+        time.sleep(moments.uniform(2, 4))  # importing torch, loading
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    same_results(whole, broken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, capsys):
+    flags = [*FLAGS, "--method", "hta", "--batch-size", "16"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = start(broken, *flags)
+    wait_for(broken / "checkpoint.pt", process)
+    time.sleep(random.uniform(0, 0.3))
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert f"stopped by {number.name}; everything so far is saved" in output
+    assert f"hta-train --resume {broken}" in output
+    assert "Traceback" not in output
+    cli.main(["--resume", str(broken)])
+    cli.main([*flags, "--out", str(whole)])
+    same_results(whole, broken)
+
+
+def test_stopping_in_the_middle_of_an_epoch_keeps_its_place(tmp_path):
+    settings = replace(TINY, method="hta", batch_size=16)
+    whole, broken = replace(settings, out=tmp_path / "whole"), replace(settings, out=tmp_path / "broken")
+    trainer.Trainer(whole, report=lambda _: None).train()
+    asked = iter(i == 45 for i in range(10**6))  # 32 batches an epoch: the 14th of the second
+    assert not trainer.Trainer(broken, stop=lambda: next(asked), report=lambda _: None).train()
+    state = torch.load(broken.out / "checkpoint.pt", weights_only=True)["run"]
+    assert (state["epoch"], state["batch"]) == (1, 14)
+    assert trainer.Trainer(broken, resume=True, report=lambda _: None).train()
+    same_results(whole.out, broken.out)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.json"
+    trainer.write_json(path, {"a": 1})
+
+    def fail(beside):
+        beside.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        trainer.save_atomically(path, fail)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_resuming_on_other_images_is_refused(tmp_path, monkeypatch):
+    settings = replace(TINY, method="sgd", epochs=1, out=tmp_path / "run")
+    trainer.Trainer(settings, report=lambda _: None).train()
+    monkeypatch.setattr(trainer.data, "synthetic", lambda: trainer.data.digits())
+    with pytest.raises(ValueError, match="not those that .* was trained on"):
+        trainer.Trainer(settings, resume=True)
+
+
+# ---------------------------------------------------------------------------------------------------- settings and VGG
+
+
+def test_the_papers_recipe():
+    paper = trainer.PAPER
+    assert (paper.lr, paper.halve_every, paper.momentum, paper.weight_decay) == (0.05, 30, 0.9, 5e-4)
+    assert (paper.batch_size, paper.epochs, paper.width, paper.dataset) == (128, 300, 1.0, "cifar10")
+    assert paper.homotopy.values == tuple(L for L in (0.01, 0.009, 0.008, 0.007, 0.006, 0.005) for _ in range(4))
+    assert [paper.lr_at(e, 300) for e in (0, 29.9, 30, 60)] == [0.05, 0.05, 0.025, 0.0125]
+
+
+def test_lr_schedules_start_and_end_where_they_should():
+    cosine, cycle = replace(TINY, lr_schedule="cosine"), replace(TINY, lr_schedule="one-cycle")
+    assert cosine.lr_at(0, 10) == 0.05
+    assert cosine.lr_at(10, 10) == pytest.approx(0, abs=1e-9)
+    assert max(cycle.lr_at(i / 10, 10) for i in range(100)) == pytest.approx(0.05)
+    assert 0 < cycle.lr_at(0, 10) < 0.01
+    assert 0 < cycle.lr_at(9.99, 10) < 0.001
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(epochs=0), "epochs must be at least 1, got 0"),
+        (dict(epochs=1), "epochs is 1, but the schedule of L takes 2"),
+        (dict(lr=-1.0), "lr must be positive and finite"),
+        (dict(momentum=-0.5), "momentum must not be negative"),
+        (dict(L_start=0.001), "start and stop must satisfy"),
+        (dict(width=0.0), "width must be positive"),
+    ],
+)
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **changes)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_vgg_shapes_and_initialisation(name, batch_norm):
+    model = VGG(name, batch_norm)
+    convs = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convs) == int(name[3:]) - 3
+    assert float(convs[-1].weight.detach().std()) == pytest.approx((2 / (9 * 512)) ** 0.5, rel=0.01)
+    assert not any(c.bias.detach().any() for c in convs)
+    model.eval()
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert sum(p.numel() for p in VGG("vgg16").parameters()) == 15_245_130  # as the public recipe counts it
+
+
+def test_unknown_vgg():
+    with pytest.raises(ValueError, match="name must be one of vgg11, .*got 'vgg12'"):
+        VGG("vgg12")
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--epochs", "many"], "many"),
+        (["--model", "vgg12"], "vgg12"),
+        (["--frobnicate"], "frobnicate"),
+        (["--dataset", "cifar10", "--data-dir", "/nowhere"], "CIFAR-10 is not in /nowhere"),
+        (["--resume", "/nowhere"], "/nowhere is no run's folder"),
+        (["--evaluate", "/nowhere/x.pt"], "/nowhere/x.pt"),
+        (["--recipe", "cake"], "cake"),
+    ],
+)
+def test_nonsense_on_the_command_line_is_answered_in_a_line_or_two(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(flags)
+    printed = capsys.readouterr()
+    text = printed.err + printed.out + str(stop.value.code)
+    assert stop.value.code not in (0, None)
+    assert message in re.sub(r"[│\s]+", " ", text)
+    assert "Traceback" not in text
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(finished):
+    out, _ = finished
+    before = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="already holds a run"):
+        cli.main([*FLAGS, "--out", str(out)])
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_a_finished_run_changes_nothing(finished):
+    out, _ = finished
+    before = metrics(out)
+    cli.main(["--resume", str(out)])
+    assert metrics(out) == before
+
+
+def test_recipe_is_one_flag_and_others_still_count(monkeypatch):
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def catch(settings, **_):
+        seen["settings"] = settings
+        raise Stop
+
+    monkeypatch.setattr(cli, "Trainer", catch)
+    with pytest.raises(Stop):
+        cli.main(["--recipe", "paper", "--model", "vgg16", "--out", os.devnull])
+    assert seen["settings"] == replace(trainer.PAPER, model="vgg16", out=Path(os.devnull))
