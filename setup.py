@@ -37,6 +37,7 @@ def extensions() -> list:
             # No contraction into FMA: the same bits on every processor.
             extra_compile_args=[
                 "-O3",
+                "-g0",
                 "-std=c++20",
                 "-ffp-contract=off",
                 "-fvisibility=hidden",
