@@ -1,11 +1,12 @@
 # make train   set up, then train VGG by homotopy beside SGD on scanned digits (ARGS= are hta-train's flags)
 # make test    set up, then run every test (ARGS= are pytest's)
-# make bench   set up, then measure every speed that the README states
+# make bench   set up, then measure every speed that the README states (RESULTS= is the folder)
 # make lint    the linter, the formatter's check and the type checker
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+RESULTS := runs/bench
 
 .PHONY: train test bench lint clean
 
@@ -16,7 +17,8 @@ test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(READY)
-	$(BIN)/python bench/bench.py $(ARGS)
+	for what in ops step scaling train; do $(BIN)/hta-bench $$what --out $(RESULTS) $(ARGS) || exit 1; done
+	$(BIN)/hta-bench report $(RESULTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,11 +1,11 @@
 """Other ways to do the coupled step, each as an expert would write it, over the same buffers and settings.
 
-Every rival is a function of a Problem that returns the step as a callable. `bench.py` checks that each leaves the
+Every rival is a function of a Problem that returns the step as a callable. `measure.py` checks that each leaves the
 buffers that hta_fused leaves before it times any. A sceptic reads this file.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,109 +18,131 @@ Step = Callable[[], None]
 
 @dataclass
 class Problem:
-    """The copies, their gradients and momenta, the anchor, all as lists of tensors; `labels[i]` is a tensor's label.
+    """The copies, their gradients and momenta, the anchor (None: zero), all as lists of tensors.
 
-    A convolution kernel that is half block 1, half block 2 stands in the lists as two views, so that every tensor has
-    one label and no rival has to look labels up.
+    `labels` holds each tensor's label, or a tensor of labels where its elements have their own. A tensor that is half
+    block 1 and half block 2 stands in the lists as two views.
     """
 
     theta: list[Tensor]
     eta: list[Tensor]
     grads: tuple[list[Tensor], list[Tensor]]
     momenta: tuple[list[Tensor], list[Tensor]]
-    anchor: list[Tensor]
-    labels: list[int]
-    L: float = 0.01
-    whole: tuple[list[Tensor], list[Tensor]] = field(default=([], []))  # the unsplit parameters, where they were split
+    anchor: list[Tensor] | None
+    labels: list[int | Tensor]
+    L: float
 
     def state(self) -> list[Tensor]:
         """What a step changes."""
         return [*self.theta, *self.eta, *self.momenta[0], *self.momenta[1]]
 
-    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """θ and η as parameters with their gradients, for torch.optim."""
-        copies = []
-        for values, grads in ((self.theta, self.grads[0]), (self.eta, self.grads[1])):
-            row = [nn.Parameter(t) for t in values]
-            for p, g in zip(row, grads, strict=True):
+    def anchors(self) -> list[Tensor | None]:
+        return [None] * len(self.theta) if self.anchor is None else list(self.anchor)
+
+    def sgds(self) -> tuple[torch.optim.SGD, torch.optim.SGD]:
+        """A torch.optim.SGD(fused=True) over each copy, with its gradients and momenta in place."""
+        result = []
+        for values, grads, momenta in zip((self.theta, self.eta), self.grads, self.momenta, strict=True):
+            parameters = [nn.Parameter(t) for t in values]
+            optimizer = torch.optim.SGD(parameters, LR, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
+            for p, g, v in zip(parameters, grads, momenta, strict=True):
                 p.grad = g
-            copies.append(row)
-        return copies[0], copies[1]
+                optimizer.state[p]["momentum_buffer"] = v
+            result.append(optimizer)
+        return result[0], result[1]
 
 
 def autograd_and_sgd(p: Problem) -> Step:
     """The naive way: write equation (3) down, let autograd differentiate it, step torch.optim.SGD (explicit mode)."""
-    theta, eta = p.parameters()
-    for row, momenta in ((theta, p.momenta[0]), (eta, p.momenta[1])):
-        for q, m in zip(row, momenta, strict=True):
-            q.momentum = m  # type: ignore[attr-defined]
-    optimizer = torch.optim.SGD([*theta, *eta], LR, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
-    for q in (*theta, *eta):
-        optimizer.state[q]["momentum_buffer"] = q.momentum  # type: ignore[attr-defined]
+    sgds = p.sgds()
+    theta, eta = (sgd.param_groups[0]["params"] for sgd in sgds)
+    masks = [label if isinstance(label, int) else (label == 1, label == 2) for label in p.labels]
 
     def step() -> None:
-        penalty = sum(((a - b) ** 2).sum() for a, b in zip(theta, eta, strict=True)) / p.L
-        for row, label in ((theta, 1), (eta, 2)):
-            pulled = [((q - t) ** 2).sum() for q, t, own in zip(row, p.anchor, p.labels, strict=True) if own == label]
-            penalty = penalty + p.L * sum(pulled)
-        penalty.backward()  # type: ignore[union-attr]
-        optimizer.step()
+        total = sum(((a - b) ** 2).sum() for a, b in zip(theta, eta, strict=True)) / p.L
+        for copy, (row, own) in enumerate(((theta, 1), (eta, 2))):
+            for x, anchor, mask in zip(row, p.anchors(), masks, strict=True):
+                if isinstance(mask, int) and mask != own:
+                    continue
+                squares = (x if anchor is None else x - anchor) ** 2
+                total = total + p.L * (squares if isinstance(mask, int) else squares * mask[copy]).sum()
+        total.backward()
+        for sgd in sgds:
+            sgd.step()
 
     return step
 
 
 def eager(p: Problem) -> Step:
     """Implicit step by hand: in-place eager PyTorch, tensor by tensor."""
-    tables = hta.tables.implicit(p.L, LR).tolist()
-    rows = list(zip(p.theta, p.eta, *p.grads, *p.momenta, p.anchor, p.labels, strict=True))
+    tables = hta.tables.implicit(p.L, LR)
+    rows = []
+    for *tensors, anchor, label in zip(p.theta, p.eta, *p.grads, *p.momenta, p.anchors(), p.labels, strict=True):
+        if isinstance(label, int):
+            rows.append((tensors, anchor, tables[label].flatten().tolist()))
+        else:  # six tensors of coefficients, looked up once
+            rows.append((tensors, anchor, list(tables.to(tensors[0].dtype)[label.long()].flatten(-2).unbind(-1))))
 
     @torch.no_grad()
     def step() -> None:
-        for theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, label in rows:
-            _update(theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, tables[label])
+        for (theta, eta, g_theta, g_eta, v_theta, v_eta), anchor, (tt, te, ta, et, ee, ea) in rows:
+            v_theta.mul_(MOMENTUM).add_(g_theta).add_(theta, alpha=WEIGHT_DECAY)
+            v_eta.mul_(MOMENTUM).add_(g_eta).add_(eta, alpha=WEIGHT_DECAY)
+            theta.add_(v_theta, alpha=-LR)  # now a_θ
+            eta.add_(v_eta, alpha=-LR)  # now a_η
+            new_theta = theta * tt
+            if isinstance(tt, float):
+                new_theta.add_(eta, alpha=te)
+                eta.mul_(ee).add_(theta, alpha=et)
+                if anchor is not None and (ta or ea):
+                    new_theta.add_(anchor, alpha=ta)
+                    eta.add_(anchor, alpha=ea)
+            else:
+                new_theta.addcmul_(eta, te)
+                eta.mul_(ee).addcmul_(theta, et)
+                if anchor is not None:
+                    new_theta.addcmul_(anchor, ta)
+                    eta.addcmul_(anchor, ea)
+            theta.copy_(new_theta)
 
     return step
 
 
-def _update(theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, table) -> None:
-    (tt, te, ta), (et, ee, ea) = table
-    v_theta.mul_(MOMENTUM).add_(g_theta).add_(theta, alpha=WEIGHT_DECAY)
-    v_eta.mul_(MOMENTUM).add_(g_eta).add_(eta, alpha=WEIGHT_DECAY)
-    theta.add_(v_theta, alpha=-LR)  # now a_θ
-    eta.add_(v_eta, alpha=-LR)  # now a_η
-    new_theta = (theta * tt).add_(eta, alpha=te)
-    eta.mul_(ee).add_(theta, alpha=et)
-    if ta or ea:
-        new_theta.add_(anchor, alpha=ta)
-        eta.add_(anchor, alpha=ea)
-    theta.copy_(new_theta)
-
-
 def foreach(p: Problem) -> Step:
     """The same with torch._foreach_*: a handful of calls for all tensors of one label."""
-    tables = hta.tables.implicit(p.L, LR).tolist()
-    thetas, etas = [t.detach() for t in p.theta], [t.detach() for t in p.eta]
+    tables = hta.tables.implicit(p.L, LR)
     groups = []
-    for label in range(3):
-        chosen = [i for i, own in enumerate(p.labels) if own == label]
-        if chosen:
-            groups.append((*([x[i] for i in chosen] for x in (thetas, etas, p.anchor)), tables[label]))
+    for kind in dict.fromkeys("mixed" if isinstance(label, Tensor) else label for label in p.labels):
+        chosen = [i for i, own in enumerate(p.labels) if ("mixed" if isinstance(own, Tensor) else own) == kind]
+        theta, eta = [p.theta[i] for i in chosen], [p.eta[i] for i in chosen]
+        anchor = None if p.anchor is None else [p.anchor[i] for i in chosen]
+        if isinstance(kind, int):
+            groups.append((theta, eta, anchor, tables[kind].flatten().tolist()))
+        else:
+            coefficients = [tables.to(p.theta[0].dtype)[p.labels[i].long()].flatten(-2).unbind(-1) for i in chosen]  # type: ignore[union-attr]
+            groups.append((theta, eta, anchor, [list(column) for column in zip(*coefficients, strict=True)]))
+
+    def add(x: list[Tensor], y: list[Tensor], factor: float | list[Tensor]) -> None:
+        if isinstance(factor, float):
+            torch._foreach_add_(x, y, alpha=factor)
+        else:
+            torch._foreach_addcmul_(x, y, factor)
 
     @torch.no_grad()
     def step() -> None:
-        for x, g, v in ((thetas, p.grads[0], p.momenta[0]), (etas, p.grads[1], p.momenta[1])):
+        for x, g, v in ((p.theta, p.grads[0], p.momenta[0]), (p.eta, p.grads[1], p.momenta[1])):
             torch._foreach_mul_(v, MOMENTUM)
             torch._foreach_add_(v, g)
             torch._foreach_add_(v, x, alpha=WEIGHT_DECAY)
             torch._foreach_add_(x, v, alpha=-LR)
-        for theta, eta, anchor, ((tt, te, ta), (et, ee, ea)) in groups:
-            new_theta = torch._foreach_mul(theta, tt)
-            torch._foreach_add_(new_theta, eta, alpha=te)
+        for theta, eta, anchor, (tt, te, ta, et, ee, ea) in groups:
+            new_theta = list(torch._foreach_mul(theta, tt))
+            add(new_theta, eta, te)
             torch._foreach_mul_(eta, ee)
-            torch._foreach_add_(eta, theta, alpha=et)
-            if ta or ea:
-                torch._foreach_add_(new_theta, anchor, alpha=ta)
-                torch._foreach_add_(eta, anchor, alpha=ea)
+            add(eta, theta, et)
+            if anchor is not None and not (isinstance(ta, float) and ta == ea == 0.0):
+                add(new_theta, anchor, ta)
+                add(eta, anchor, ea)
             torch._foreach_copy_(theta, new_theta)
 
     return step
@@ -129,42 +151,51 @@ def foreach(p: Problem) -> Step:
 def compiled(p: Problem) -> Step:
     """torch.compile of the whole list's update, written out of place so that it can fuse all of it."""
     tables = hta.tables.implicit(p.L, LR).tolist()
-    labels = p.labels
+    labels, anchors = p.labels, p.anchors()
 
     def update(thetas, etas, grads_theta, grads_eta, momenta_theta, momenta_eta, anchors) -> None:
         for i, label in enumerate(labels):
-            (tt, te, ta), (et, ee, ea) = tables[label]
+            if isinstance(label, int):
+                table = tables[label]
+            else:
+                table = [[torch.where(label == 1, a, torch.where(label == 2, b, c)) for c, a, b in zip(*rows, strict=True)]
+                         for rows in zip(*tables, strict=True)]  # fmt: skip
+            (tt, te, ta), (et, ee, ea) = table
             v_theta = MOMENTUM * momenta_theta[i] + grads_theta[i] + WEIGHT_DECAY * thetas[i]
             v_eta = MOMENTUM * momenta_eta[i] + grads_eta[i] + WEIGHT_DECAY * etas[i]
             a_theta, a_eta = thetas[i] - LR * v_theta, etas[i] - LR * v_eta
             new_theta, new_eta = tt * a_theta + te * a_eta, et * a_theta + ee * a_eta
-            if label:
+            if anchors[i] is not None and not (isinstance(label, int) and label == 0):
                 new_theta, new_eta = new_theta + ta * anchors[i], new_eta + ea * anchors[i]
             momenta_theta[i].copy_(v_theta)
             momenta_eta[i].copy_(v_eta)
             thetas[i].copy_(new_theta)
             etas[i].copy_(new_eta)
 
-    fast = torch.compile(update, fullgraph=True)
+    torch._dynamo.reset()
+    fast = torch.compile(update, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def step() -> None:
-        fast(p.theta, p.eta, *p.grads, *p.momenta, p.anchor)
+        fast(p.theta, p.eta, *p.grads, *p.momenta, anchors)
 
     return step
 
 
 def two_plain_sgds(p: Problem) -> Step:
     """No homotopy at all: two torch.optim.SGD(fused=True) steps. The floor that a user thinks of, at 40 bytes."""
-    optimizers = []
-    for row, momenta in zip(p.parameters(), p.momenta, strict=True):
-        optimizer = torch.optim.SGD(row, LR, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
-        for q, m in zip(row, momenta, strict=True):
-            optimizer.state[q]["momentum_buffer"] = m
-        optimizers.append(optimizer)
+    sgds = p.sgds()
 
     def step() -> None:
-        for optimizer in optimizers:
-            optimizer.step()
+        for sgd in sgds:
+            sgd.step()
 
     return step
+
+
+IMPLICIT: dict[str, Callable[[Problem], Step]] = {
+    "eager, in place": eager,
+    "torch._foreach_*": foreach,
+    "torch.compile": compiled,
+}
+NAIVE, FLOOR = "autograd on (3) + SGD", "two plain SGD(fused=True)"

@@ -152,7 +152,7 @@ class Partition:
         def label(name: str, owner: nn.Module, p: Tensor) -> Tensor | None:
             return torch.as_tensor(labels[name], dtype=torch.uint8) if name in labels else None
 
-        return cls._label(model, label, None, "own", "named parameter")
+        return cls._label(model, label, None, "own", None)
 
     @classmethod
     def make(cls, model: nn.Module, spec: "str | Partition | Mapping[str, Tensor | int]") -> "Partition":
@@ -174,9 +174,9 @@ class Partition:
         label: Callable[[str, nn.Module, Tensor], Tensor | None],
         part: Part | None,
         maker: str,
-        wanted: str,
+        wanted: str | None,
     ) -> "Partition":
-        """Asks `label` for each trainable parameter; None is 0 throughout."""
+        """Asks `label` for each trainable parameter; None is 0 throughout. `wanted` names what there must be one of."""
         layout = Layout.of(model)
         inside = _part(model, part)
         flat = torch.zeros(layout.numel, dtype=torch.uint8)
@@ -195,7 +195,7 @@ class Partition:
                 ) from None
             end = layout.offsets[i] + view.numel()
             flat[end : layout.tiles(i).stop * TILE] = flat[end - 1]  # so that a tile's padding does not mix it
-        if not found and layout.numel:
+        if wanted and not found:
             raise ValueError(
                 f"partition {maker!r} found no {wanted} in the model" + (f" part {part!r}" if part else "")
             )

@@ -65,7 +65,7 @@ def build_wheel(source: Path, folder: Path, **environment: str) -> tuple[Path, s
 @pytest.fixture
 def source(tmp_path):
     """The sources as a clean checkout has them."""
-    for name in ("csrc", "hta_fused"):
+    for name in ("csrc", "hta_fused", "bench"):
         shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path / "source" / name)

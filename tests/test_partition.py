@@ -79,6 +79,10 @@ def test_own_labels_broadcast_and_the_rest_is_zero():
     assert not labels["5.weight"].any()
 
 
+def test_no_labels_of_your_own_couple_everything_and_anchor_nothing():
+    assert not Partition.own(small(), {}).flat().any()
+
+
 def test_structural_partitions_need_next_to_no_bytes():
     partition = Partition.conv_halves(VGG("vgg11"))
     mixed = 0 if partition.labels is None else partition.labels.numel()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +111,27 @@ def test_every_setting_trains(tmp_path, changes):
     assert all(math.isfinite(row["test_loss"]) for row in rows)
     if changes.get("decoupled"):
         assert rows[0]["L"] == "inf"
+
+
+def test_tensorboard_is_written_to_where_it_is_installed(tmp_path, monkeypatch):
+    written, closed = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "run" / "tensorboard")
+
+        def add_scalar(self, *what):
+            written.append(what)
+
+        def close(self):
+            closed.append(True)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    settings = replace(TINY, method="sgd", epochs=1, out=tmp_path / "run")
+    trainer.Trainer(settings, report=lambda _: None).train()
+    row = metrics(tmp_path / "run")[0]
+    assert ("sgd-seed0/test_accuracy", row["test_accuracy"], 1) in written
+    assert closed
 
 
 # ------------------------------------------------------------------------------------------------- stopped and resumed

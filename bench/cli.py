@@ -1,0 +1,169 @@
+"""hta-bench: measures, prints a table, and writes a JSON and a picture.
+
+    hta-bench step       HomotopySGD.step against its rivals, on models' own lists of tensors
+    hta-bench ops        one flat buffer: the roofline, anchors, random labels, small sizes, the penalty
+    hta-bench scaling    time against size, number of tensors, threads
+    hta-bench train      a training step of HTA, of SGD, and of the usual script
+    hta-bench report DIR joins a folder's JSONs into one Markdown page with their pictures
+
+Rounds are interleaved; figures are medians, with half the distance between the quartiles; a difference inside that
+spread is printed as a tie. Every rival is checked to do what hta_fused does before it is timed (bench/rivals.py).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hta_fused.trainer import save_atomically, write_json
+
+from . import measure, plots, workloads
+
+Result = dict[str, Any]
+
+
+def ops(options: argparse.Namespace) -> list[Result]:
+    rounds = options.rounds
+    if options.quick:
+        return [measure.step(lambda: workloads.flat(200_000), rounds), measure.penalty(200_000, rounds)]
+    results = [measure.headline_flat(rounds)]
+    for variant in (
+        dict(anchor=False),
+        dict(labels="random"),
+        dict(labels="random", anchor=False),
+        dict(dtype=torch.float64),
+    ):
+        result = measure.step(lambda v=variant: workloads.flat(measure.FLAT, **v), rounds, roof="dtype" not in variant)
+        result["title"] += " · " + ", ".join(f"{k}: {v}" for k, v in variant.items()).replace(
+            "anchor: False", "anchor 0"
+        )
+        results.append(result)
+    for n in (1_000, 10_000, 100_000, 1_000_000):
+        results.append(measure.step(lambda n=n: workloads.flat(n), rounds, roof=False))
+        if n == 1_000:
+            measure.ratio_claims(results[-1], {measure.rivals.FLOOR: 1.2})
+    return [*results, measure.penalty(measure.FLAT, rounds)]
+
+
+def step(options: argparse.Namespace) -> list[Result]:
+    if options.quick:
+        shapes = [torch.Size([16, 8, 3, 3]), torch.Size([16]), torch.Size([10, 16]), torch.Size([10])]
+        return [measure.step(lambda: workloads.of_shapes("four tensors", shapes), options.rounds)]
+    return [measure.headline_model(name, options.rounds) for name in options.models]
+
+
+def scaling(options: argparse.Namespace) -> list[Result]:
+    if options.quick:
+        return [
+            measure.against_size([10_000, 100_000], options.rounds),
+            measure.against_tensors([1, 10], 10_000, options.rounds),
+        ]
+    sizes = [10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000]
+    return [
+        measure.against_size(sizes, options.rounds),
+        measure.against_tensors([1, 10, 100, 1000], 15_360_000, options.rounds),
+        measure.against_threads(measure.FLAT, options.rounds),
+    ]
+
+
+def train(options: argparse.Namespace) -> list[Result]:
+    if options.quick:
+        return [measure.training("vgg11", "fp32", options.rounds, batch=8, width=0.0625)]
+    return [
+        measure.training(name, precision, options.rounds)
+        for name in ("vgg11", "vgg16")
+        for precision in ("fp32", "bf16")
+    ]
+
+
+def report(folder: Path) -> str:
+    """One Markdown page of all results in a folder."""
+    pages = []
+    for file in sorted(folder.glob("*.json")):
+        content = json.loads(file.read_text())
+        if "results" not in content:
+            continue
+        pages.append(f"## {file.stem}\n\n{describe(content['machine'])}; `{content['command']}`\n")
+        pages += [measure.show(result) for result in content["results"]]
+        pages += [f"![{picture.stem}]({picture.name})\n" for picture in sorted(folder.glob(f"{file.stem}*.png"))]
+    if not pages:
+        raise ValueError(f"{folder} holds no results of hta-bench")
+    return "\n".join(pages)
+
+
+def describe(machine: Result) -> str:
+    return f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}"
+
+
+def draw(what: str, results: list[Result], path: Path, caption: str) -> None:
+    if what == "scaling":
+        plots.scaling(results, path, caption)
+    elif what == "ops":
+        plots.roofline(results[0], path, caption)
+    else:
+        plots.ratios(results[:2] if what == "train" else results, path, caption)
+
+
+WHAT: dict[str, Callable[[argparse.Namespace], list[Result]]] = {
+    "ops": ops,
+    "step": step,
+    "train": train,
+    "scaling": scaling,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The entry point of `hta-bench`."""
+    parser = argparse.ArgumentParser(
+        "hta-bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name in WHAT:
+        command = commands.add_parser(name, help=name)
+        command.add_argument("--rounds", type=int, default=None, help="interleaved rounds (default 30; 5 with --quick)")
+        command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+        command.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, in seconds")
+        command.add_argument("--out", type=Path, help="a folder for the JSON and the PNG")
+        if name == "step":
+            command.add_argument("--models", nargs="+", default=["vgg16"], metavar="NAME",
+                                 help=f"any of {', '.join(workloads.MODELS)}; default vgg16")  # fmt: skip
+    joiner = commands.add_parser("report", help="join a folder's JSONs into one Markdown page")
+    joiner.add_argument("dir", type=Path)
+    options = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if options.what == "report":
+            page = report(options.dir)
+            save_atomically(options.dir / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
+            print(page)
+            return
+        options.rounds = options.rounds if options.rounds is not None else 5 if options.quick else 30
+        if options.rounds < 2:
+            raise ValueError(f"--rounds must be at least 2, got {options.rounds}")
+        if options.threads < 0:
+            raise ValueError(f"--threads must not be negative, got {options.threads}")
+        for name in getattr(options, "models", []):
+            if name not in workloads.MODELS:
+                raise ValueError(f"--models must be among {', '.join(workloads.MODELS)}, got {name!r}")
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        machine = measure.machine()
+        print(describe(machine) + "\n", flush=True)
+        results = WHAT[options.what](options)
+        print("\n".join(measure.show(result) for result in results))
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            stem = options.out / (options.what + ("-quick" if options.quick else ""))
+            content = {"machine": machine, "command": "hta-bench " + " ".join(argv), "results": results}
+            write_json(stem.with_suffix(".json"), content)
+            save_atomically(stem.with_suffix(".png"), lambda path: draw(options.what, results, path, describe(machine)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"hta-bench: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The benchmarks in their quick mode, so that they never rot, and the arithmetic they rest on."""
+
+import json
+
+import pytest
+import torch
+from hta_fused_bench import cli, measure, rivals, workloads
+
+
+@pytest.mark.parametrize("what", ["ops", "step", "scaling", "train"])
+def test_quick_mode_leaves_a_table_a_json_and_a_picture(tmp_path, capsys, what):
+    cli.main([what, "--quick", "--rounds", "2", "--out", str(tmp_path)])
+    assert "| ---" in capsys.readouterr().out
+    content = json.loads((tmp_path / f"{what}-quick.json").read_text())
+    assert {"processor", "threads", "torch", "date"} <= set(content["machine"])
+    assert (tmp_path / f"{what}-quick.png").read_bytes()[:4] == b"\x89PNG"
+    cli.main(["report", str(tmp_path)])
+    assert f"![{what}-quick]({what}-quick.png)" in (tmp_path / "report.md").read_text()
+
+
+def test_a_wrong_rival_is_caught(monkeypatch):
+    def wrong(problem):
+        right = rivals.eager(problem)
+
+        def step():
+            right()
+            problem.eta[0].add_(1e-3)
+
+        return step
+
+    monkeypatch.setitem(rivals.IMPLICIT, "wrong", wrong)
+    with pytest.raises(AssertionError, match="wrong and hta_fused disagree"):
+        measure.contenders(lambda: workloads.flat(5000), names=["wrong"])
+
+
+@pytest.mark.parametrize("labels", ["structural", "random"])
+@pytest.mark.parametrize("anchor", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_rival_does_what_ours_does(labels, anchor, dtype):
+    shapes = [torch.Size([6, 4, 3, 3]), torch.Size([6]), torch.Size([700, 5])]
+    measure.contenders(lambda: workloads.of_shapes("x", shapes, labels=labels, anchor=anchor, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "elements"),
+    [("vgg16", 32, 15_245_130), ("resnet50", 161, 25_557_032), ("transformer-124m", 148, 124_439_808)],
+)
+def test_workloads_have_their_models_sizes(name, tensors, elements):
+    shapes = workloads.MODELS[name]()
+    assert (len(shapes), sum(s.numel() for s in shapes)) == (tensors, elements)
+
+
+def test_bytes_per_element_stay_within_the_budget():
+    assert workloads.flat(1_000_000).bytes_per_element < 44.2
+    assert workloads.flat(1_000_000, anchor=False).bytes_per_element < 40.2
+    assert 45 < workloads.flat(1_000_000, labels="random").bytes_per_element < 45.2
+
+
+def test_a_line_fits_a_line():
+    assert measure.fitted_exponent([1, 10, 100], [2.0, 20.0, 200.0]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["step", "--models", "lenet"], "--models must be among vgg11"),
+        (["ops", "--rounds", "1"], "--rounds must be at least 2, got 1"),
+        (["report", "/nowhere"], "/nowhere holds no results"),
+    ],
+)
+def test_nonsense_is_answered_in_a_line(argv, message):
+    with pytest.raises(SystemExit, match=message):
+        cli.main(argv)
