@@ -401,8 +401,10 @@ def test_backward_through_an_overwritten_tensor_is_an_error(backend):
 
 
 @needs_extension
-def test_compile_without_a_graph_break():
-    labels = torch.randint(0, 3, (3000,), dtype=torch.uint8)
+@pytest.mark.parametrize("kind", ["none", "bytes", "mixed"])
+def test_compile_without_a_graph_break(kind):
+    torch.compiler.reset()  # the limit on recompilations is per function, not per test
+    labels, _ = pattern(kind, 3000)
 
     def function(L, theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, stats):
         hta.homotopy_step_(
