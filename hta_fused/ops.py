@@ -9,6 +9,7 @@ import os
 import warnings
 from functools import cache, lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,9 @@ for _schema in (
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _ops = torch.ops.hta_fused
+_fused = SimpleNamespace(  # the overloads themselves: their packets cost a microsecond a call
+    step_=_ops.step_.default, penalty=_ops.penalty.default, penalty_accumulate_=_ops.penalty_accumulate_.default
+)
 
 
 @torch.library.register_fake("hta_fused::penalty", lib=_library)
@@ -171,7 +175,7 @@ def kernels(like: Tensor) -> Any:
     if _wanted == "reference":
         return reference
     if _extension is not None and like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64):
-        return _ops
+        return _fused
     if _wanted == "cpu":
         raise TypeError(f"backend 'cpu' takes float32 and float64 on the CPU, got {like.dtype} on {like.device}")
     if _extension is None and not torch.compiler.is_compiling():
@@ -228,6 +232,19 @@ def _pattern(labels: "Tensor | Partition | None", theta: Tensor) -> tuple[Tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The ops
+
+
+def step_buffers(mutated: list[Tensor], *arguments: Any) -> None:
+    """The step op for a caller who owns the buffers and has checked them: no checks, and no Python in the dispatch.
+
+    Args:
+        mutated: every tensor whose version counter must move, those that merely share the buffers' memory included.
+        arguments: the op's.
+    """
+    step = kernels(arguments[0]).step_
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        step(*arguments)
+    torch.autograd.graph.increment_version(mutated)
 
 
 def _as_scalar(name: str, value: float | Tensor | None, theta: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops import kernels
+from .ops import step_buffers
 from .replicas import Replicas
 from .tables import check_hyper, check_L, step_coefficients
 
@@ -69,8 +69,14 @@ class HomotopySGD(torch.optim.Optimizer):
         self._known: tuple[Any, ...] | None = None  # the settings that _hyper and _tables were made from
         self._hyper = self._tables = torch.empty(0)
         self._warned = False
-        self._rows = [[b[row] for row in (0, 1)] for b in (replicas.params, replicas.grads, self._momentum)]
-        self._momentum_views = [replicas.layout.views(row) for row in self._rows[2]]
+        theta, eta, momentum_theta, momentum_eta = [*replicas.params, *self._momentum]
+        self._momentum_views = [replicas.layout.views(row) for row in (momentum_theta, momentum_eta)]
+        # What the step reads and writes, without and with momentum; and what it writes, under every name: the
+        # parameters share the buffer's memory but not its version counter.
+        self._buffers = [
+            (theta, eta, *replicas.grads, *buffers) for buffers in ((None, None), (momentum_theta, momentum_eta))
+        ]
+        self._mutated = [*replicas.parameters[0], *replicas.parameters[1], theta, momentum_theta, self._stats]
         defaults = dict(lr=lr, momentum=momentum, dampening=0.0, weight_decay=weight_decay, nesterov=nesterov, L=L,
                         mode=mode)  # fmt: skip
         super().__init__(self._split(groups), defaults)
@@ -111,7 +117,6 @@ class HomotopySGD(torch.optim.Optimizer):
         held = sum(len(group["params"]) for group in self.param_groups)
         self._complete = held == 2 * len(self.replicas.layout.names)
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both copies.
 
@@ -127,15 +132,12 @@ class HomotopySGD(torch.optim.Optimizer):
                 loss = closure()
         self.replicas.collect_grads()
         uses_momentum = self._refresh()
-        (theta, eta), grads, buffers = self._rows
         found_inf = getattr(self, "found_inf", None)
-        kernels(theta).step_(
-            theta, eta, *grads, *(buffers if uses_momentum else (None, None)),
+        step_buffers(
+            self._mutated, *self._buffers[uses_momentum],
             self.replicas.anchor, self._codes, self.replicas.partition.labels, self._hyper, self._tables,
             getattr(self, "grad_scale", None), found_inf, self._stats, self.skip_nonfinite and found_inf is None,
         )  # fmt: skip
-        # The parameters share the buffer's memory but not its version counter.
-        torch.autograd.graph.increment_version([*self.replicas.parameters[0], *self.replicas.parameters[1]])
         if uses_momentum and not self.state:
             self._show_momentum()
         return loss
