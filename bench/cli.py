@@ -45,7 +45,7 @@ def ops(options: argparse.Namespace) -> list[Result]:
     for n in (1_000, 10_000, 100_000, 1_000_000):
         results.append(measure.step(lambda n=n: workloads.flat(n), rounds, roof=False))
         if n == 1_000:
-            measure.ratio_claims(results[-1], {measure.rivals.FLOOR: 1.2})
+            measure.ratio_claims(results[-1], {measure.rivals.FLOOR_IN_ONE: 1.2})
     return [*results, measure.penalty(measure.FLAT, rounds)]
 
 
@@ -157,7 +157,8 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(measure.show(result) for result in results))
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
-            stem = options.out / (options.what + ("-quick" if options.quick else ""))
+            suffix = ("-quick" if options.quick else "") + (f"-{options.threads}-threads" if options.threads else "")
+            stem = options.out / (options.what + suffix)
             content = {"machine": machine, "command": "hta-bench " + " ".join(argv), "results": results}
             write_json(stem.with_suffix(".json"), content)
             save_atomically(stem.with_suffix(".png"), lambda path: draw(options.what, results, path, describe(machine)))

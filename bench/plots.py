@@ -45,7 +45,7 @@ def roofline(result: dict[str, Any], path: Path, caption: str) -> None:
     names = sorted((n for n in result["times"] if not n.startswith("triad")), key=lambda n: result["times"][n][0])
     values = []
     for name in names:
-        moved = result["bandwidth"][name] if name.startswith("two plain") else needed / result["times"][name][0]
+        moved = result["bandwidth"][name] if "plain SGD" in name else needed / result["times"][name][0]
         values.append(moved / 1e9)
     _bars(axes[0][0], names, values, {OURS, GUARDED}, "%.1f")
     axes[0][0].axvline(roof / 1e9, color="black", linestyle="--", linewidth=1)

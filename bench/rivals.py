@@ -31,6 +31,7 @@ class Problem:
     anchor: list[Tensor] | None
     labels: list[int | Tensor]
     L: float
+    whole: "Problem | None" = None  # the same memory with no tensor split, as a model has it
 
     def state(self) -> list[Tensor]:
         """What a step changes."""
@@ -56,7 +57,9 @@ def autograd_and_sgd(p: Problem) -> Step:
     """The naive way: write equation (3) down, let autograd differentiate it, step torch.optim.SGD (explicit mode)."""
     sgds = p.sgds()
     theta, eta = (sgd.param_groups[0]["params"] for sgd in sgds)
-    masks = [label if isinstance(label, int) else (label == 1, label == 2) for label in p.labels]
+    masks = [  # floats, since a product with a bool tensor would convert it every time
+        label if isinstance(label, int) else [(label == own).to(theta[0].dtype) for own in (1, 2)] for label in p.labels
+    ]
 
     def step() -> None:
         total = sum(((a - b) ** 2).sum() for a, b in zip(theta, eta, strict=True)) / p.L
@@ -73,6 +76,12 @@ def autograd_and_sgd(p: Problem) -> Step:
     return step
 
 
+def coefficients(p: Problem, label: int | Tensor) -> Tensor:
+    """Each element's own table, [..., 6]: what a rival without a kernel for labels keeps beside them."""
+    table = hta.tables.implicit(p.L, LR).to(p.theta[0].dtype)[torch.as_tensor(label).long()].flatten(-2)
+    return table.movedim(-1, 0).contiguous().movedim(0, -1)  # each coefficient contiguous
+
+
 def eager(p: Problem) -> Step:
     """Implicit step by hand: in-place eager PyTorch, tensor by tensor."""
     tables = hta.tables.implicit(p.L, LR)
@@ -81,7 +90,7 @@ def eager(p: Problem) -> Step:
         if isinstance(label, int):
             rows.append((tensors, anchor, tables[label].flatten().tolist()))
         else:  # six tensors of coefficients, looked up once
-            rows.append((tensors, anchor, list(tables.to(tensors[0].dtype)[label.long()].flatten(-2).unbind(-1))))
+            rows.append((tensors, anchor, list(coefficients(p, label).unbind(-1))))
 
     @torch.no_grad()
     def step() -> None:
@@ -119,8 +128,8 @@ def foreach(p: Problem) -> Step:
         if isinstance(kind, int):
             groups.append((theta, eta, anchor, tables[kind].flatten().tolist()))
         else:
-            coefficients = [tables.to(p.theta[0].dtype)[p.labels[i].long()].flatten(-2).unbind(-1) for i in chosen]  # type: ignore[union-attr]
-            groups.append((theta, eta, anchor, [list(column) for column in zip(*coefficients, strict=True)]))
+            columns = zip(*(coefficients(p, p.labels[i]).unbind(-1) for i in chosen), strict=True)
+            groups.append((theta, eta, anchor, [list(column) for column in columns]))
 
     def add(x: list[Tensor], y: list[Tensor], factor: float | list[Tensor]) -> None:
         if isinstance(factor, float):
@@ -152,15 +161,15 @@ def compiled(p: Problem) -> Step:
     """torch.compile of the whole list's update, written out of place so that it can fuse all of it."""
     tables = hta.tables.implicit(p.L, LR).tolist()
     labels, anchors = p.labels, p.anchors()
+    # Own labels: six tensors of coefficients, looked up once. (torch.where on the labels takes eight times as long.)
+    mixed = [None if isinstance(label, int) else list(coefficients(p, label).unbind(-1)) for label in labels]
 
-    def update(thetas, etas, grads_theta, grads_eta, momenta_theta, momenta_eta, anchors) -> None:
+    def update(thetas, etas, grads_theta, grads_eta, momenta_theta, momenta_eta, anchors, mixed) -> None:
         for i, label in enumerate(labels):
-            if isinstance(label, int):
-                table = tables[label]
+            if mixed[i] is None:
+                (tt, te, ta), (et, ee, ea) = tables[label]
             else:
-                table = [[torch.where(label == 1, a, torch.where(label == 2, b, c)) for c, a, b in zip(*rows, strict=True)]
-                         for rows in zip(*tables, strict=True)]  # fmt: skip
-            (tt, te, ta), (et, ee, ea) = table
+                tt, te, ta, et, ee, ea = mixed[i]
             v_theta = MOMENTUM * momenta_theta[i] + grads_theta[i] + WEIGHT_DECAY * thetas[i]
             v_eta = MOMENTUM * momenta_eta[i] + grads_eta[i] + WEIGHT_DECAY * etas[i]
             a_theta, a_eta = thetas[i] - LR * v_theta, etas[i] - LR * v_eta
@@ -177,14 +186,14 @@ def compiled(p: Problem) -> Step:
 
     @torch.no_grad()
     def step() -> None:
-        fast(p.theta, p.eta, *p.grads, *p.momenta, anchors)
+        fast(p.theta, p.eta, *p.grads, *p.momenta, anchors, mixed)
 
     return step
 
 
 def two_plain_sgds(p: Problem) -> Step:
     """No homotopy at all: two torch.optim.SGD(fused=True) steps. The floor that a user thinks of, at 40 bytes."""
-    sgds = p.sgds()
+    sgds = (p.whole or p).sgds()
 
     def step() -> None:
         for sgd in sgds:
@@ -193,9 +202,20 @@ def two_plain_sgds(p: Problem) -> Step:
     return step
 
 
+def one_plain_sgd(p: Problem) -> Step:
+    """The same as one optimizer over both copies' tensors: the least overhead that torch.optim has to offer."""
+    first, second = (p.whole or p).sgds()
+    both = first.param_groups[0]["params"] + second.param_groups[0]["params"]
+    sgd = torch.optim.SGD(both, LR, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
+    for q in both:
+        sgd.state[q] = {**first.state, **second.state}[q]
+    return sgd.step
+
+
 IMPLICIT: dict[str, Callable[[Problem], Step]] = {
     "eager, in place": eager,
     "torch._foreach_*": foreach,
     "torch.compile": compiled,
 }
-NAIVE, FLOOR = "autograd on (3) + SGD", "two plain SGD(fused=True)"
+NAIVE = "autograd on (3) + SGD"
+FLOOR, FLOOR_IN_ONE = "two plain SGD(fused=True)", "one plain SGD(fused=True) over both"

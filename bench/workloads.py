@@ -112,12 +112,23 @@ def of_shapes(
         for view in replicas.layout.views(flat):  # the padding stays 0
             view.add_(torch.randn_like(view), alpha=scale)
 
+    def wholes(flat: Tensor) -> list[Tensor]:
+        return replicas.layout.views(flat)
+
     def pieces(flat: Tensor) -> list[Tensor]:
         result = []
-        for i, view in enumerate(replicas.layout.views(flat)):
+        for i, view in enumerate(wholes(flat)):
             whole = labels == "random" or str(i) not in large
             result += [view] if whole else [view[: len(view) // 2], view[len(view) // 2 :]]
         return result
+
+    def lists(
+        cut: Callable[[Tensor], list[Tensor]], kinds: list[int | Tensor], whole: Problem | None = None
+    ) -> Problem:
+        (theta, eta), grads, momenta = replicas.params, replicas.grads, optimizer._momentum
+        anchors = None if replicas.anchor is None else cut(replicas.anchor)
+        both = [(cut(row[0]), cut(row[1])) for row in (grads, momenta)]
+        return Problem(cut(theta), cut(eta), both[0], both[1], anchors, kinds, L, whole)
 
     kinds: list[int | Tensor] = []
     for i in range(len(shapes)):
@@ -127,11 +138,7 @@ def of_shapes(
             kinds.append(by_name[str(i)])
         else:
             kinds += [1, 2]
-    anchors = None if replicas.anchor is None else pieces(replicas.anchor)
-    p, g, v = replicas.params, replicas.grads, optimizer._momentum
-    problem = Problem(
-        pieces(p[0]), pieces(p[1]), (pieces(g[0]), pieces(g[1])), (pieces(v[0]), pieces(v[1])), anchors, kinds, L
-    )
+    problem = lists(pieces, kinds, lists(wholes, [0] * len(shapes)))
     return Workload(name, optimizer, problem)
 
 
@@ -142,4 +149,4 @@ def model(name: str, **options) -> Workload:
 
 def flat(elements: int, **options) -> Workload:
     """One tensor."""
-    return of_shapes(f"{elements:,} elements", [torch.Size([elements])], **options)
+    return of_shapes("one buffer", [torch.Size([elements])], **options)

@@ -222,8 +222,12 @@ class Partition:
         moved.labels = None if self.labels is None else self.labels.to(device)
         return moved
 
-    def describe(self) -> str:
-        """A table: tensor, shape, and how many of its elements have each label."""
+    def describe(self) -> None:
+        """Prints a table: tensor, shape, and how many of its elements have each label."""
+        print(self.table())
+
+    def table(self) -> str:
+        """What `describe` prints."""
         rows = [
             (
                 name,

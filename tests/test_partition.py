@@ -95,8 +95,9 @@ def test_flat_labels_survive_their_encoding():
         assert torch.equal(Partition(labels).flat(), labels)
 
 
-def test_describe_counts_every_element():
-    text = Partition.conv_halves(small()).describe().splitlines()
+def test_describe_counts_every_element(capsys):
+    Partition.conv_halves(small()).describe()
+    text = capsys.readouterr().out.splitlines()
     assert text[0].split()[:2] == ["tensor", "shape"]
     assert text[1].split() == ["0.weight", "10×3×3×3", "0", "135", "135"]
     total = sum(p.numel() for p in small().parameters())
