@@ -62,7 +62,7 @@ def scaling(options: argparse.Namespace) -> list[Result]:
             measure.against_size([10_000, 100_000], options.rounds),
             measure.against_tensors([1, 10], 10_000, options.rounds),
         ]
-    sizes = [10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000]
+    sizes = [10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000, 50_000_000, 100_000_000]
     return [
         measure.against_size(sizes, options.rounds),
         measure.against_tensors([1, 10, 100, 1000], 15_360_000, options.rounds),
@@ -81,15 +81,16 @@ def train(options: argparse.Namespace) -> list[Result]:
 
 
 def report(folder: Path) -> str:
-    """One Markdown page of all results in a folder."""
+    """One Markdown page of all results in a folder; draws their pictures anew."""
     pages = []
     for file in sorted(folder.glob("*.json")):
         content = json.loads(file.read_text())
         if "results" not in content:
             continue
+        draw(file.stem.split("-")[0], content["results"], file.with_suffix(".png"), describe(content["machine"]))
         pages.append(f"## {file.stem}\n\n{describe(content['machine'])}; `{content['command']}`\n")
         pages += [measure.show(result) for result in content["results"]]
-        pages += [f"![{picture.stem}]({picture.name})\n" for picture in sorted(folder.glob(f"{file.stem}*.png"))]
+        pages.append(f"![{file.stem}]({file.stem}.png)\n")
     if not pages:
         raise ValueError(f"{folder} holds no results of hta-bench")
     return "\n".join(pages)
@@ -100,12 +101,17 @@ def describe(machine: Result) -> str:
 
 
 def draw(what: str, results: list[Result], path: Path, caption: str) -> None:
-    if what == "scaling":
-        plots.scaling(results, path, caption)
-    elif what == "ops":
-        plots.roofline(results[0], path, caption)
-    else:
-        plots.ratios(results[:2] if what == "train" else results, path, caption)
+    """The picture of one command's results."""
+
+    def picture(beside: Path) -> None:
+        if what == "scaling":
+            plots.scaling(results, beside, caption)
+        elif what == "ops":
+            plots.roofline(results[0], beside, caption)
+        else:
+            plots.ratios(results, beside, caption)
+
+    save_atomically(path, picture)
 
 
 WHAT: dict[str, Callable[[argparse.Namespace], list[Result]]] = {
@@ -161,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
             stem = options.out / (options.what + suffix)
             content = {"machine": machine, "command": "hta-bench " + " ".join(argv), "results": results}
             write_json(stem.with_suffix(".json"), content)
-            save_atomically(stem.with_suffix(".png"), lambda path: draw(options.what, results, path, describe(machine)))
+            draw(options.what, results, stem.with_suffix(".png"), describe(machine))
     except (ValueError, OSError) as error:
         sys.exit(f"hta-bench: {error}")
 

@@ -178,8 +178,8 @@ def contenders(make: Callable[..., Workload], names: Iterable[str] | None = None
     return load, steps, before
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+def _elements(n: int) -> str:
+    return f"{n / 1e6:.1f} million elements" if n >= 1_000_000 else f"{n:,} elements"
 
 
 def agree(name: str, theirs: list[Tensor], ours: list[Tensor]) -> None:
@@ -206,7 +206,7 @@ def step(
     steps = {OURS: steps.pop(OURS), GUARDED: guarded, **steps}
     extra = {name: memory_and_calls(s) for name, s in steps.items()} if details else {}
     size = load.problem.theta[0].element_size()
-    n = load.elements
+    n, tensors = load.elements, len(optimizer.replicas.layout.names)
     if roof:
         steps |= triads(
             max(1, n * load.flat[0].element_size() * 7 // 3 // 4)
@@ -217,7 +217,7 @@ def step(
         per_element[rivals.FLOOR_IN_ONE] = 10.0 * size
     per_element |= {name: 28.0 * size / 4 for name in times if name.startswith("triad")}
     result: dict[str, Any] = {
-        "title": f"{load.name}: {n:,} elements in {_count(len(load.optimizer.replicas.layout.names), 'tensor')}",
+        "title": f"{load.name}: {_elements(n)} in {tensors} tensor{'s' * (tensors != 1)}",
         "base": OURS,
         "elements": n,
         "times": times,
@@ -264,14 +264,20 @@ def fitted_exponent(sizes: list[int], seconds: list[float]) -> float:
     return float((x * y).sum() / (x * x).sum())
 
 
+def last_level_cache() -> float:
+    """Bytes of the largest cache; 64 MB where Linux does not tell."""
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(s[:-1]) * {"K": 1024, "M": 1024**2}[s[-1]] for s in sizes), default=64 * 1024**2)
+
+
 def against_size(sizes: list[int], rounds: int) -> dict[str, Any]:
-    """Time against N, and the exponent where the step's buffers no longer fit the caches (64 MB and more)."""
+    """Time against N, and the exponent where the step's seven buffers no longer fit the largest cache."""
     ours, floor = [], []
     for n in sizes:
         result = step(lambda n=n: workloads.flat(n), rounds, roof=False, details=False, names=())
         ours.append(result["times"][OURS][0])
         floor.append(result["times"][rivals.FLOOR][0])
-    large = [i for i, n in enumerate(sizes) if 28 * n >= 64e6]
+    large = [i for i, n in enumerate(sizes) if 28 * n > last_level_cache()]
     result = {"title": "Time against size", "sizes": sizes, OURS: ours, rivals.FLOOR: floor}
     if len(large) > 1:
         exponent = fitted_exponent([sizes[i] for i in large], [ours[i] for i in large])

@@ -8,18 +8,34 @@ from .measure import GUARDED, OURS
 OUR_COLOR, THEIR_COLOR = "#1b7f5c", "#9aa3ad"
 
 
-def _figure(width: float, height: float, panels: int = 1):
+def _panels(count: int, width: float, height: float, columns: int):
+    """A figure with `count` panels, at most `columns` of them in a row."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    return plt.subplots(1, panels, figsize=(width, height), layout="constrained", squeeze=False)
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(columns * width, rows * height), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, axes.flatten()[:count]
 
 
-def _bars(axis, names: list[str], values: list[float], ours: set[str], form: str) -> None:
+def _save(figure, path: Path, caption: str) -> None:
+    from matplotlib import pyplot as plt
+
+    figure.suptitle(caption, fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _bars(axis, names: list[str], values: list[float], ours: set[str], form: str, inside: bool = False) -> None:
     bars = axis.barh(names, values, color=[OUR_COLOR if n in ours else THEIR_COLOR for n in names])
-    axis.bar_label(bars, fmt=form, padding=3)
+    axis.bar_label(bars, fmt=form, **(dict(label_type="center", color="white") if inside else dict(padding=3)))
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlim(0, max(values) * 1.18)
@@ -27,52 +43,52 @@ def _bars(axis, names: list[str], values: list[float], ours: set[str], form: str
 
 def ratios(results: list[dict[str, Any]], path: Path, caption: str) -> None:
     """How many times as long as ours each rival takes, a panel per workload."""
-    figure, axes = _figure(6.5 * len(results), 3.6, len(results))
-    for axis, result in zip(axes[0], results, strict=True):
+    figure, axes = _panels(len(results), 7, 3.4, columns=2)
+    for axis, result in zip(axes, results, strict=True):
         times, base = result["times"], result["times"][result["base"]][0]
-        names = sorted((n for n in times if not n.startswith("triad") and n != GUARDED), key=lambda n: times[n][0])
-        _bars(axis, names, [times[n][0] / base for n in names], {result["base"]}, "%.2f×")
-        axis.set(title=result["title"], xlabel=f"time over {result['base']}")
-    figure.suptitle(caption, fontsize=9)
-    figure.savefig(path, dpi=130)
+        names = sorted((n for n in times if not n.startswith("triad")), key=lambda n: times[n][0])
+        _bars(axis, names, [times[n][0] / base for n in names], {result["base"], GUARDED}, "%.2f×")
+        axis.set_title(result["title"], fontsize=10)
+        axis.set_xlabel(f"time over {result['base']}")
+    _save(figure, path, caption)
 
 
 def roofline(result: dict[str, Any], path: Path, caption: str) -> None:
     """Useful bandwidth: the bytes that a step must touch over its time, for ours and every rival, under the triad."""
-    figure, axes = _figure(8, 4)
+    figure, (axis,) = _panels(1, 8.5, 4.2, columns=1)
     needed = result["bytes"][OURS] * result["elements"]
-    roof = max(v for n, v in result["bandwidth"].items() if n.startswith("triad"))
+    roof = max(v for n, v in result["bandwidth"].items() if n.startswith("triad")) / 1e9
     names = sorted((n for n in result["times"] if not n.startswith("triad")), key=lambda n: result["times"][n][0])
     values = []
-    for name in names:
-        moved = result["bandwidth"][name] if "plain SGD" in name else needed / result["times"][name][0]
-        values.append(moved / 1e9)
-    _bars(axes[0][0], names, values, {OURS, GUARDED}, "%.1f")
-    axes[0][0].axvline(roof / 1e9, color="black", linestyle="--", linewidth=1)
-    axes[0][0].text(roof / 1e9, -0.7, f"triad {roof / 1e9:.1f} GB/s", ha="right", va="bottom", fontsize=9)
-    axes[0][0].set(title=result["title"], xlabel="GB/s: bytes a fused step needs over the time taken")
-    axes[0][0].set_xlim(0, 1.15 * max(*values, roof / 1e9))
-    figure.suptitle(caption, fontsize=9)
-    figure.savefig(path, dpi=130)
+    for name in names:  # SGD without homotopy needs fewer bytes
+        useful = result["bandwidth"][name] if "plain SGD" in name else needed / result["times"][name][0]
+        values.append(useful / 1e9)
+    _bars(axis, names, values, {OURS, GUARDED}, "%.1f", inside=True)
+    axis.axvline(roof, color="black", linestyle="--", linewidth=1, label=f"triad: {roof:.1f} GB/s")
+    axis.legend(loc="lower center", frameon=False)
+    axis.set_title(result["title"], fontsize=10)
+    axis.set_xlabel("GB/s: the bytes that a fused step needs, over the time taken")
+    axis.set_xlim(0, 1.15 * max(*values, roof))
+    _save(figure, path, caption)
 
 
 def scaling(results: list[dict[str, Any]], path: Path, caption: str) -> None:
     """Time against size, number of tensors and threads."""
-    figure, axes = _figure(5 * len(results), 4, len(results))
-    for axis, result in zip(axes[0], results, strict=True):
+    figure, axes = _panels(len(results), 5.5, 4, columns=3)
+    for axis, result in zip(axes, results, strict=True):
         key = next(k for k in ("sizes", "counts", "threads") if k in result)
         for name, values in result.items():
-            if isinstance(values, list) and name not in (key, "claims") and name != GUARDED:
+            if isinstance(values, list) and name not in (key, "claims", GUARDED):
                 mine = name == OURS
                 axis.plot(result[key], [1e3 * v for v in values], "o-", color=OUR_COLOR if mine else None,
                           linewidth=2.5 if mine else 1.2, zorder=3 if mine else 2, label=name)  # fmt: skip
-        axis.set(title=result["title"], xlabel={"sizes": "elements", "counts": "tensors"}.get(key, key), ylabel="ms")
-        if key != "threads":
-            axis.set(xscale="log", yscale="log")
-        else:
+        axis.set_title(result["title"], fontsize=10)
+        axis.set(xlabel={"sizes": "elements", "counts": "tensors"}.get(key, key), ylabel="ms")
+        if key == "threads":
             axis.set_xticks(result[key])
             axis.set_ylim(bottom=0)
+        else:
+            axis.set(xscale="log", yscale="log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.suptitle(caption, fontsize=9)
-    figure.savefig(path, dpi=130)
+    _save(figure, path, caption)
