@@ -83,6 +83,7 @@ def tie(times: Times, a: str, b: str) -> bool:
 
 def memory_and_calls(step: Step) -> tuple[int, int]:
     """Peak extra memory of a step in bytes, and how many ops it calls from Python."""
+    step()  # what is made once is no part of a step
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         step()
     now = peak = 0
@@ -90,7 +91,7 @@ def memory_and_calls(step: Step) -> tuple[int, int]:
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    wrappers = ("Optimizer.", "[memory]", "ProfilerStep")
+    wrappers = ("Optimizer.", "[memory]", "ProfilerStep", "Torch-Compiled")
 
     def from_python(event: Any) -> bool:
         parent = event.cpu_parent

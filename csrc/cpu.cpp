@@ -135,12 +135,12 @@ void penalty(const PenaltyArgs<T>& args, double sums[3]) {
 }
 
 template <class T>
-bool all_finite(const T* x, int64_t n) {
+bool all_finite(const T* x, const T* y, int64_t n) {
   const auto loop = HTA_PICK(poison_range<T>);
   double sums[3];
   over_chunks(n, sums, [&](int64_t begin, int64_t end, double* partial) {
     partial[0] = partial[1] = 0;
-    partial[2] = loop(x, begin, end);
+    partial[2] = loop(x, y, begin, end);
   });
   return sums[2] == 0;
 }
@@ -148,7 +148,7 @@ bool all_finite(const T* x, int64_t n) {
 #define HTA_INSTANTIATE(T)                                              \
   template void step<T>(const StepArgs<T>&, double[3]);                 \
   template void penalty<T>(const PenaltyArgs<T>&, double[3]);           \
-  template bool all_finite<T>(const T*, int64_t);
+  template bool all_finite<T>(const T*, const T*, int64_t);
 HTA_INSTANTIATE(float)
 HTA_INSTANTIATE(double)
 

@@ -150,22 +150,23 @@ void penalty_range(const PenaltyArgs<T>& args, int64_t begin, int64_t end, doubl
   });
 }
 
-// NaN if any of [begin, end) is not finite, else 0.
+// NaN if any of [begin, end) of x or y is not finite, else 0.
 template <class T>
-double poison_range(const T* x, int64_t begin, int64_t end) {
+double poison_range(const T* x, const T* y, int64_t begin, int64_t end) {
   using V = typename Lanes<T>::V;
   constexpr int kCount = Lanes<T>::kCount;
-  V many{};
+  V in_x{}, in_y{};
   T rest{};
   int64_t i = begin;
   for (; i + kCount <= end; i += kCount) {
-    prefetch(i, x);
-    const V value = load<V>(x + i);
-    many += value - value;
+    prefetch(i, x, y);
+    const V a = load<V>(x + i), b = load<V>(y + i);
+    in_x += a - a;
+    in_y += b - b;
   }
-  for (; i < end; ++i) rest += x[i] - x[i];
+  for (; i < end; ++i) rest += (x[i] - x[i]) + (y[i] - y[i]);
   double sum = rest;
-  for (int lane = 0; lane < kCount; ++lane) sum += many[lane];
+  for (int lane = 0; lane < kCount; ++lane) sum += in_x[lane] + in_y[lane];
   return sum;
 }
 

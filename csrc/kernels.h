@@ -38,7 +38,7 @@ namespace cpu {
 // sums: anchor, distance, poison, as in Sums.
 template <class T> void step(const StepArgs<T>& args, double sums[3]);
 template <class T> void penalty(const PenaltyArgs<T>& args, double sums[3]);
-template <class T> bool all_finite(const T* x, int64_t n);
+template <class T> bool all_finite(const T* x, const T* y, int64_t n);
 const char* instruction_set();
 }  // namespace cpu
 

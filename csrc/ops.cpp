@@ -80,7 +80,7 @@ void coupled_step(Tensor& theta, Tensor& eta, const Tensor& grad_theta, const Te
   auto* out = data<double>(stats, 4, "stats");
 
   bool skip = found_inf && scalar(*found_inf, "found_inf") != 0;
-  if (!skip && skip_nonfinite) skip = !(hta::cpu::all_finite(args.g_theta, n) && hta::cpu::all_finite(args.g_eta, n));
+  if (!skip && skip_nonfinite) skip = !hta::cpu::all_finite(args.g_theta, args.g_eta, n);
   if (skip) {
     out[2] = 1;
     out[3] += 1;
