@@ -42,9 +42,9 @@ def ops(options: argparse.Namespace) -> list[Result]:
             "anchor: False", "anchor 0"
         )
         results.append(result)
-    for n in (1_000, 10_000, 100_000, 1_000_000):
+    for n in (10**3, 10**4, 10**5, 10**6, 10**7, 10**8):
         results.append(measure.step(lambda n=n: workloads.flat(n), rounds, roof=False))
-        if n == 1_000:
+        if n == 1000:
             measure.ratio_claims(results[-1], {measure.rivals.FLOOR_IN_ONE: 1.2})
     return [*results, measure.penalty(measure.FLAT, rounds)]
 
