@@ -579,8 +579,11 @@ def _tensorboard(out: Path) -> Any:
 
 
 def save_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside `path`, then renames: `path` is always whole, whenever the process is killed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    """Writes beside `path`, then renames: `path` is always whole, whenever the process is killed.
+
+    What a killed process leaves beside it has one name, which the next write takes over.
+    """
+    beside = path.with_name(f".part-{path.name}")
     try:
         write(beside)
         with open(beside, "rb+") as file:
