@@ -13,7 +13,8 @@ spread is printed as a tie. Every rival is checked to do what hta_fused does bef
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,58 +27,57 @@ from . import measure, plots, workloads
 Result = dict[str, Any]
 
 
-def ops(options: argparse.Namespace) -> list[Result]:
+def ops(options: argparse.Namespace) -> Iterator[Result]:
     rounds = options.rounds
     if options.quick:
-        return [measure.step(lambda: workloads.flat(200_000), rounds), measure.penalty(200_000, rounds)]
-    results = [measure.headline_flat(rounds)]
-    for variant in (
-        dict(anchor=False),
-        dict(labels="random"),
-        dict(labels="random", anchor=False),
-        dict(dtype=torch.float64),
-    ):
-        result = measure.step(lambda v=variant: workloads.flat(measure.FLAT, **v), rounds, roof="dtype" not in variant)
+        yield measure.step(lambda: workloads.flat(200_000), rounds)
+        yield measure.penalty(200_000, rounds)
+        return
+    yield measure.headline_flat(rounds)
+    variants: tuple[Result, ...] = (
+        dict(anchor=False), dict(labels="random"), dict(labels="random", anchor=False), dict(dtype=torch.float64)
+    )  # fmt: skip
+    for variant in variants:
+        result = measure.step(partial(workloads.flat, measure.FLAT, **variant), rounds, roof="dtype" not in variant)
         result["title"] += " · " + ", ".join(f"{k}: {v}" for k, v in variant.items()).replace(
             "anchor: False", "anchor 0"
         )
-        results.append(result)
+        yield result
     for n in (10**3, 10**4, 10**5, 10**6, 10**7, 10**8):
-        results.append(measure.step(lambda n=n: workloads.flat(n), rounds, roof=False))
+        result = measure.step(partial(workloads.flat, n), rounds, roof=False)
         if n == 1000:
-            measure.ratio_claims(results[-1], {measure.rivals.FLOOR_IN_ONE: 1.2})
-    return [*results, measure.penalty(measure.FLAT, rounds)]
+            measure.ratio_claims(result, {measure.rivals.FLOOR_IN_ONE: 1.2})
+        yield result
+    yield measure.penalty(measure.FLAT, rounds)
 
 
-def step(options: argparse.Namespace) -> list[Result]:
+def step(options: argparse.Namespace) -> Iterator[Result]:
     if options.quick:
         shapes = [torch.Size([16, 8, 3, 3]), torch.Size([16]), torch.Size([10, 16]), torch.Size([10])]
-        return [measure.step(lambda: workloads.of_shapes("four tensors", shapes), options.rounds)]
-    return [measure.headline_model(name, options.rounds) for name in options.models]
+        yield measure.step(lambda: workloads.of_shapes("four tensors", shapes), options.rounds)
+        return
+    for name in options.models:
+        yield measure.headline_model(name, options.rounds)
 
 
-def scaling(options: argparse.Namespace) -> list[Result]:
+def scaling(options: argparse.Namespace) -> Iterator[Result]:
     if options.quick:
-        return [
-            measure.against_size([10_000, 100_000], options.rounds),
-            measure.against_tensors([1, 10], 10_000, options.rounds),
-        ]
-    sizes = [10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000, 50_000_000, 100_000_000]
-    return [
-        measure.against_size(sizes, options.rounds),
-        measure.against_tensors([1, 10, 100, 1000], 15_360_000, options.rounds),
-        measure.against_threads(measure.FLAT, options.rounds),
-    ]
+        yield measure.against_size([10_000, 100_000], options.rounds)
+        yield measure.against_tensors([1, 10], 10_000, options.rounds)
+        return
+    sizes = [m * 10**k for k in (4, 5, 6) for m in (1, 3)] + [10**7, 3 * 10**7, 5 * 10**7, 10**8]
+    yield measure.against_size(sizes, options.rounds)
+    yield measure.against_tensors([1, 10, 100, 1000], 15_360_000, options.rounds)
+    yield measure.against_threads(measure.FLAT, options.rounds)
 
 
-def train(options: argparse.Namespace) -> list[Result]:
+def train(options: argparse.Namespace) -> Iterator[Result]:
     if options.quick:
-        return [measure.training("vgg11", "fp32", options.rounds, batch=8, width=0.0625)]
-    return [
-        measure.training(name, precision, options.rounds)
-        for name in ("vgg11", "vgg16")
-        for precision in ("fp32", "bf16")
-    ]
+        yield measure.training("vgg11", "fp32", options.rounds, batch=8, width=0.0625)
+        return
+    for name in ("vgg11", "vgg16"):
+        for precision in ("fp32", "bf16"):
+            yield measure.training(name, precision, options.rounds)
 
 
 def report(folder: Path) -> str:
@@ -114,7 +114,7 @@ def draw(what: str, results: list[Result], path: Path, caption: str) -> None:
     save_atomically(path, picture)
 
 
-WHAT: dict[str, Callable[[argparse.Namespace], list[Result]]] = {
+WHAT: dict[str, Callable[[argparse.Namespace], Iterator[Result]]] = {
     "ops": ops,
     "step": step,
     "train": train,
@@ -161,8 +161,10 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_num_threads(options.threads)
         machine = measure.machine()
         print(describe(machine) + "\n", flush=True)
-        results = WHAT[options.what](options)
-        print("\n".join(measure.show(result) for result in results))
+        results = []
+        for result in WHAT[options.what](options):
+            results.append(result)
+            print(measure.show(result), flush=True)
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
             suffix = ("-quick" if options.quick else "") + (f"-{options.threads}-threads" if options.threads else "")
