@@ -48,7 +48,7 @@ def ratios(results: list[dict[str, Any]], path: Path, caption: str) -> None:
         times, base = result["times"], result["times"][result["base"]][0]
         names = sorted((n for n in times if not n.startswith("triad")), key=lambda n: times[n][0])
         _bars(axis, names, [times[n][0] / base for n in names], {result["base"], GUARDED}, "%.2f×")
-        axis.set_title(result["title"], fontsize=10)
+        axis.set_title(result["title"], fontsize=10, loc="right")
         axis.set_xlabel(f"time over {result['base']}")
     _save(figure, path, caption)
 
