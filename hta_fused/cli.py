@@ -67,17 +67,25 @@ def main(argv: list[str] | None = None) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
 
-        bar = tqdm(leave=False, unit="batch", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        bar: tqdm | None = None  # of the epoch that `shown` names
+        shown = ""
 
         def progress(job: Job, epoch: int, done: int, total: int) -> None:
-            bar.total, bar.n = total, done
-            bar.set_description(f"{job.name} epoch {epoch + 1}/{job.epochs}", refresh=False)
-            bar.update(0)
+            nonlocal bar, shown
+            if not sys.stderr.isatty():
+                return
+            title = f"{job.name} epoch {epoch + 1}/{job.epochs}"
+            if bar is None or title != shown:
+                if bar is not None:
+                    bar.close()
+                bar, shown = tqdm(desc=title, total=total, initial=done - 1, leave=False, unit="batch"), title
+            bar.update(done - bar.n)
 
         trainer = Trainer(settings, resume=commands.resume is not None, stop=lambda: bool(caught), progress=progress,
                           report=lambda text: tqdm.write(text, file=sys.stdout))  # fmt: skip
         finished = trainer.train()
-        bar.close()
+        if bar is not None:
+            bar.close()
         if not finished:
             print(f"hta-train: stopped by {signal.Signals(caught[0]).name}; everything so far is saved. "
                   f"Go on with: hta-train --resume {settings.out}", flush=True)  # fmt: skip

@@ -297,7 +297,7 @@ def test_closures_and_clipping():
         torch.nn.utils.clip_grad_norm_(replicas.theta.parameters(), 0.1)
         return value
 
-    values = [float(optimizer.step(closure)) for _ in range(5)]
+    values = [optimizer.step(closure).item() for _ in range(5)]
     assert values[-1] < values[0]
     assert float(torch.linalg.vector_norm(replicas.grads[0])) < 0.1001
 

@@ -333,6 +333,15 @@ def test_resuming_a_finished_run_changes_nothing(finished):
     assert metrics(out) == before
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_progress_bar_on_a_terminal_and_plain_lines_elsewhere(tmp_path, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    cli.main([*FLAGS, "--method", "sgd", "--batch-size", "16", "--out", str(tmp_path / "run")])
+    printed = capsys.readouterr()
+    assert ("sgd-seed0 epoch 2/3" in printed.err and "/32" in printed.err) == terminal
+    assert printed.out.count("SGD seed 0 epoch") == 3
+
+
 def test_recipe_is_one_flag_and_others_still_count(monkeypatch):
     seen = {}
 
