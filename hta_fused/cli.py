@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
 from .trainer import RECIPES, Job, Settings, Trainer, evaluate_file
 
@@ -31,9 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--recipe", choices=RECIPES, default="none")
-    recipe = RECIPES.get(early.parse_known_args(argv)[0].recipe, RECIPES["none"])
-
-    from typing import Annotated
+    recipe = RECIPES[early.parse_known_args(argv)[0].recipe]
 
     Both = tuple[  # the flags of both, without a prefix
         Annotated[Commands, tyro.conf.arg(name="")], Annotated[Settings, tyro.conf.arg(name="")]

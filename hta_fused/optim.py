@@ -77,6 +77,7 @@ class HomotopySGD(torch.optim.Optimizer):
             (theta, eta, *replicas.grads, *buffers) for buffers in ((None, None), (momentum_theta, momentum_eta))
         ]
         self._mutated = [*replicas.parameters[0], *replicas.parameters[1], theta, momentum_theta, self._stats]
+        self._index_of = {id(p): i for i, p in enumerate(replicas.parameters[0])}  # in the layout, by θ's parameter
         defaults = dict(lr=lr, momentum=momentum, dampening=0.0, weight_decay=weight_decay, nesterov=nesterov, L=L,
                         mode=mode)  # fmt: skip
         super().__init__(self._split(groups), defaults)
@@ -111,7 +112,7 @@ class HomotopySGD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only for the constructor: the copies' parameters are all in groups from the start; see `groups`."""
-        if hasattr(self, "param_groups") and getattr(self, "_complete", False):
+        if getattr(self, "_complete", False):
             raise ValueError("param_groups is complete: pass groups= to HomotopySGD instead")
         super().add_param_group(param_group)
         held = sum(len(group["params"]) for group in self.param_groups)
@@ -215,7 +216,6 @@ class HomotopySGD(torch.optim.Optimizer):
     def _split(self, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """torch's param_groups from ours: the rest first, then each of `groups`; θ's parameters, then η's."""
         names, (theta, eta) = self.replicas.layout.names, self.replicas.parameters
-        of_parameter = {id(p): i for i, p in enumerate(theta)}
         taken: set[int] = set()
         result = []
         for group in groups:
@@ -227,8 +227,8 @@ class HomotopySGD(torch.optim.Optimizer):
                 for item in [wanted] if isinstance(wanted, str | Tensor) else wanted:
                     if isinstance(item, str) and item in names:
                         indices.append(names.index(item))
-                    elif isinstance(item, Tensor) and id(item) in of_parameter:
-                        indices.append(of_parameter[id(item)])
+                    elif isinstance(item, Tensor) and id(item) in self._index_of:
+                        indices.append(self._index_of[id(item)])
                     else:
                         what = (
                             repr(item)
@@ -251,9 +251,8 @@ class HomotopySGD(torch.optim.Optimizer):
 
     def _indices(self, group: dict[str, Any]) -> list[int]:
         """The layout's numbers of a group's parameters."""
-        of_parameter = {id(p): i for i, p in enumerate(self.replicas.parameters[0])}
         params: list[nn.Parameter] = group["params"]
-        return [of_parameter[id(p)] for p in params[: len(params) // 2]]
+        return [self._index_of[id(p)] for p in params[: len(params) // 2]]
 
     def _refresh(self) -> bool:
         """Brings the coefficients up to date with param_groups; returns whether any group has momentum."""

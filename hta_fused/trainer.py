@@ -435,10 +435,10 @@ class Trainer:
                 run.load_state(self._saved_run)
                 self._saved_run = None
             while run.epoch < job.epochs:
-                if not self._epoch(run):
-                    self._save(run)
-                    return False
+                finished = self._epoch(run)
                 self._save(run)
+                if not finished:
+                    return False
             self.done += 1
             # An HTA run whose schedule filled all its epochs was merged at the end of the last.
             save_atomically(self.out / f"{job.name}.pt", lambda path, run=run: torch.save(run.model.state_dict(), path))  # type: ignore[misc]
@@ -462,9 +462,9 @@ class Trainer:
         seconds = time.perf_counter() - start
         fresh = 1 - already / run.losses[2].item()  # the part of the epoch that this process trained
         row = run.end_epoch(seconds / fresh if fresh > 0 else 0.0)
-        self.rows.append(row)
+        self.rows.append(_finite(row))
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(_finite(row)) + "\n")
+            log.write(json.dumps(self.rows[-1]) + "\n")
         if self._tensorboard is not None:
             for key in ("train_loss_theta", "test_loss", "test_accuracy", "distance", "lr", "L"):
                 self._tensorboard.add_scalar(f"{run.job.name}/{key}", row[key], row["epoch"])
@@ -474,7 +474,7 @@ class Trainer:
     # The checkpoint is the truth; metrics.jsonl is written again from it on resuming, since the last lines may be lost
     # or ahead of it.
     def _save(self, run: Run | None) -> None:
-        content = {"settings": self.settings.to_json(), "data": self.fingerprint, "rows": [_finite(r) for r in self.rows],
+        content = {"settings": self.settings.to_json(), "data": self.fingerprint, "rows": self.rows,
                    "done": self.done, "run": None if run is None else run.state()}  # fmt: skip
         save_atomically(self.checkpoint, lambda path: torch.save(content, path))
 
@@ -486,7 +486,7 @@ class Trainer:
         self.rows, self.done, self._saved_run = content["rows"], content["done"], content["run"]
 
     def _write_metrics(self) -> None:
-        text = "".join(json.dumps(_finite(row)) + "\n" for row in self.rows)
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
         save_atomically(self.out / "metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
 
     def _finish(self) -> None:

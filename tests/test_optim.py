@@ -30,6 +30,12 @@ def run(optimizer, loss, steps):
         optimizer.step()
 
 
+def run_sgd(optimizer, net, loss):
+    optimizer.zero_grad()
+    loss(net).backward()
+    optimizer.step()
+
+
 def test_decoupled_free_copies_are_two_torch_sgds():
     model = network()
     twins = [copy.deepcopy(model) for _ in range(2)]
@@ -43,9 +49,7 @@ def test_decoupled_free_copies_are_two_torch_sgds():
             loss(net).backward()
         ours.step()
         for twin, loss, optimizer in zip(twins, losses, theirs, strict=True):
-            optimizer.zero_grad()
-            loss(twin).backward()
-            optimizer.step()
+            run_sgd(optimizer, twin, loss)
     for net, twin in zip(replicas, twins, strict=True):
         for a, b in zip(net.parameters(), twin.parameters(), strict=True):
             assert relative_error(a.detach(), b.detach()) < 1e-5
@@ -135,9 +139,7 @@ def test_param_groups_have_their_own_settings():
     loss = task()
     for _ in range(4):
         run(optimizer, loss, 1)
-        sgd.zero_grad()
-        loss(twin).backward()
-        sgd.step()
+        run_sgd(sgd, twin, loss)
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert relative_error(a.detach(), b.detach()) < 1e-5, name
     assert [len(g["params"]) for g in optimizer.param_groups] == [4, 6, 2]
@@ -173,9 +175,7 @@ def test_lr_schedulers(make):
     loss = task()
     for _ in range(6):
         run(ours, loss, 1)
-        theirs.zero_grad()
-        loss(twin).backward()
-        theirs.step()
+        run_sgd(theirs, twin, loss)
         for s in schedulers:
             s.step()
         assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
@@ -217,9 +217,7 @@ def test_a_torch_sgd_state_loads_into_either_copy_and_back():
     model, loss = network(), task()
     sgd = torch.optim.SGD(model.parameters(), 0.07, 0.9, weight_decay=1e-3, nesterov=True)
     for _ in range(3):
-        sgd.zero_grad()
-        loss(model).backward()
-        sgd.step()
+        run_sgd(sgd, model, loss)
     state = copy.deepcopy(sgd.state_dict())
     replicas = hta.Replicas(model)
     optimizer = hta.HomotopySGD(replicas, 0.5, 0.5)
