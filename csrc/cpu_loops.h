@@ -30,8 +30,6 @@ template <class... T> HTA_INLINE void prefetch(int64_t i, const T*... streams) {
   (__builtin_prefetch(reinterpret_cast<const char*>(streams + i) + kAhead), ...);
 }
 
-template <class V> HTA_INLINE V zero() { return V{}; }
-
 // Each lane's own rule, chosen by its label among the three that start at `rules`.
 template <class V, class T> HTA_INLINE Rule<V> mix(const Rule<T>* rules, const uint8_t* labels) {
   if constexpr (std::is_same_v<V, T>) {
@@ -115,8 +113,8 @@ void step_range(const StepArgs<T>& args, const Hyper<T>* hyper, const Rule<T>* r
     if (kAnchor) prefetch(i, a.anchor);
     V theta = load<V>(a.theta + i), eta = load<V>(a.eta + i);
     const V g_theta = load<V>(a.g_theta + i) * a.inverse_scale, g_eta = load<V>(a.g_eta + i) * a.inverse_scale;
-    V v_theta = kMomentum ? load<V>(a.v_theta + i) : zero<V>(), v_eta = kMomentum ? load<V>(a.v_eta + i) : zero<V>();
-    const V anchor = kAnchor ? load<V>(a.anchor + i) : zero<V>();
+    V v_theta = kMomentum ? load<V>(a.v_theta + i) : V{}, v_eta = kMomentum ? load<V>(a.v_eta + i) : V{};
+    const V anchor = kAnchor ? load<V>(a.anchor + i) : V{};
     hta::step<kMomentum>(theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, hyper[group], rule, sums);
     store(a.theta + i, theta);
     store(a.eta + i, eta);
@@ -137,7 +135,7 @@ void penalty_range(const PenaltyArgs<T>& args, int64_t begin, int64_t end, doubl
     prefetch(i, a.theta, a.eta);
     if (kAnchor) prefetch(i, a.anchor);
     const V theta = load<V>(a.theta + i), eta = load<V>(a.eta + i);
-    const V anchor = kAnchor ? load<V>(a.anchor + i) : zero<V>();
+    const V anchor = kAnchor ? load<V>(a.anchor + i) : V{};
     V g_theta, g_eta;
     penalty_gradient(g_theta, g_eta, theta, eta, anchor, pull, couple, rule);
     add_squares(sums, theta, eta, anchor, rule);
