@@ -1,11 +1,17 @@
-"""Builds the C++ extension; everything else about the package stands in pyproject.toml.
+"""Builds the C++ extension, with its CUDA kernels where there is an nvcc; all else about the package is in pyproject.toml.
 
-Without a C++ compiler the package installs all the same, and its ops run in plain PyTorch.
+Without a C++ compiler the package installs all the same, and its ops run in plain PyTorch. Environment:
+
+    HTA_CUDA              auto (default): CUDA kernels if an nvcc is found; 1: fail without one; 0: leave them out
+    TORCH_CUDA_ARCH_LIST  CUDA targets such as "8.0;9.0+PTX"; by default all that the toolkit can do
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 from setuptools import setup
 
@@ -17,15 +23,96 @@ except ImportError:
     )
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10: the oldest release whose stable ABI has what we call
+CUDA_TARGETS = ("60", "70", "75", "80", "86", "89", "90", "100", "120")
+
+
+def say(text: str) -> None:
+    print(f"hta_fused: {text}", file=sys.stderr)
+
+
+def find_nvcc() -> str | None:
+    """The nvcc to use, or None; the compiler decides, not the card of the machine that builds."""
+    wish = os.environ.get("HTA_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        sys.exit(f"hta_fused: HTA_CUDA must be auto, 1 or 0, got {wish!r}")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next(filter(None, (shutil.which(place) for place in places if place)), None) if wish != "0" else None
+    if nvcc is None and wish == "1":
+        sys.exit("hta_fused: HTA_CUDA=1, but there is no nvcc: not in CUDACXX, CUDA_HOME/bin, the PATH or /usr/local/cuda")
+    if nvcc is None and wish == "auto":
+        say("no nvcc found, so the CUDA kernels are left out; on a GPU, Triton or NVRTC kernels will serve")
+    return nvcc
+
+
+def cuda_targets(nvcc: str) -> tuple[list[str], str]:
+    """The targets to compile for, as "90", and the one whose PTX to embed for cards to come."""
+    known = re.findall(r"sm_(\d+)", subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout)
+    asked = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    if asked == [""]:
+        targets = [target for target in CUDA_TARGETS if target in known]
+        return targets, targets[-1]
+    targets, ptx = [], ""
+    for name in asked:
+        match = re.fullmatch(r"(\d+)\.(\d)a?f?(\+PTX)?", name)
+        target = match[1] + match[2] if match else name
+        if target not in known:
+            sys.exit(
+                f"hta_fused: TORCH_CUDA_ARCH_LIST asks for {name!r}, which {nvcc} cannot compile for; it knows "
+                f"{', '.join(f'{k[:-1]}.{k[-1]}' for k in known)}. Older cards need an older toolkit (7.0 and 6.0: CUDA 12); "
+                "or leave them out: NVRTC compiles for them at run time"
+            )
+        targets.append(target)
+        if match and match[3]:
+            ptx = target
+    return targets, ptx
+
+
+class Build(BuildExtension):
+    """Compiles cuda.cu by itself, since torch.utils.cpp_extension refuses CUDA beside a CPU-only torch."""
+
+    def build_extension(self, extension) -> None:
+        nvcc = find_nvcc()
+        if nvcc is not None:
+            self.add_cuda(extension, nvcc)
+        super().build_extension(extension)
+
+    def add_cuda(self, extension, nvcc: str) -> None:
+        # nvcc on the PATH may be a script that stands for the real one: ask where the toolkit is.
+        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True)
+        top = Path(re.search(r"TOP=(\S+)", dry.stderr)[1]).resolve()
+        libraries = next((p.parent for p in sorted(top.glob("**/libcudart_static.a"))), None)
+        if libraries is None:
+            sys.exit(f"hta_fused: {nvcc} has no libcudart_static.a under {top}; HTA_CUDA=0 builds without CUDA")
+        targets, ptx = cuda_targets(nvcc)
+        out = Path(self.build_temp) / "cuda.o"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        command = [nvcc, "-c", "csrc/cuda.cu", "-o", str(out), "-O3", "-std=c++17", "-fmad=false", "-t", "0",
+                   "-Xcompiler", "-fPIC,-fvisibility=hidden"]  # fmt: skip
+        command += [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
+        if ptx:
+            command.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
+        if os.environ.get("CXX"):
+            command += ["-ccbin", os.environ["CXX"].split()[0]]
+        say(f"compiling CUDA kernels for {', '.join(targets)}{f', PTX of {ptx}' if ptx else ''}")
+        sources = [Path(f"csrc/{name}") for name in ("cuda.cu", "cuda.cuh", "kernels.h", "homotopy.h")]
+        stamp, newest = out.with_suffix(".command"), max(path.stat().st_mtime for path in sources)
+        if not (out.exists() and stamp.exists() and stamp.read_text() == str(command) and out.stat().st_mtime > newest):
+            subprocess.run(command, check=True)
+            stamp.write_text(str(command))
+        extension.extra_objects = [*extension.extra_objects, str(out)]
+        extension.library_dirs.append(str(libraries))
+        extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        label = " ".join(targets) + ("+PTX" if ptx else "")
+        extension.extra_compile_args["cxx"] += ["-DHTA_WITH_CUDA", f'-DHTA_CUDA_TARGETS="{label}"']
 
 
 def extensions() -> list:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
-        print(
-            f"hta_fused: no C++ compiler ({compiler!r} is not on the PATH), so the fused kernels are left out and the "
-            "slower pure-PyTorch backend will serve. Install one (g++ or clang++) and reinstall to have them.",
-            file=sys.stderr,
+        say(
+            f"no C++ compiler ({compiler!r} is not on the PATH), so the fused kernels are left out and the slower "
+            "pure-PyTorch backend will serve. Install one (g++ or clang++) and reinstall to have them."
         )
         return []
     return [
@@ -33,16 +120,18 @@ def extensions() -> list:
             "hta_fused._C",
             ["csrc/ops.cpp", "csrc/cpu.cpp"],
             include_dirs=["csrc"],
-            depends=["csrc/homotopy.h", "csrc/kernels.h", "csrc/cpu_loops.h"],
+            depends=[f"csrc/{name}" for name in ("homotopy.h", "kernels.h", "cpu_loops.h", "cuda.cuh", "cuda.cu")],
             # No contraction into FMA: the same bits on every processor.
-            extra_compile_args=[
-                "-O3",
-                "-g0",
-                "-std=c++20",
-                "-ffp-contract=off",
-                "-fvisibility=hidden",
-                f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-            ],
+            extra_compile_args={
+                "cxx": [
+                    "-O3",
+                    "-g0",
+                    "-std=c++20",
+                    "-ffp-contract=off",
+                    "-fvisibility=hidden",
+                    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+                ]
+            },
             py_limited_api=True,
         )
     ]
@@ -50,6 +139,6 @@ def extensions() -> list:
 
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -106,13 +106,14 @@ template <bool kMomentum, bool kAnchor, class T>
 void step_range(const StepArgs<T>& args, const Hyper<T>* hyper, const Rule<T>* rules, int64_t begin, int64_t end,
                 double out[3]) {
   const StepArgs<T> a = args;  // a local copy cannot alias what is stored to
+  const T inverse_scale = T(1.0 / a.grad_scale.get(1));
   over_tiles(a.pattern, rules, begin, end, out, [&](auto lanes, int64_t i, int32_t group, const auto& rule, auto& sums) __attribute__((always_inline)) {
     using V = decltype(lanes);
     prefetch(i, a.theta, a.eta, a.g_theta, a.g_eta);
     if (kMomentum) prefetch(i, a.v_theta, a.v_eta);
     if (kAnchor) prefetch(i, a.anchor);
     V theta = load<V>(a.theta + i), eta = load<V>(a.eta + i);
-    const V g_theta = load<V>(a.g_theta + i) * a.inverse_scale, g_eta = load<V>(a.g_eta + i) * a.inverse_scale;
+    const V g_theta = load<V>(a.g_theta + i) * inverse_scale, g_eta = load<V>(a.g_eta + i) * inverse_scale;
     V v_theta = kMomentum ? load<V>(a.v_theta + i) : V{}, v_eta = kMomentum ? load<V>(a.v_eta + i) : V{};
     const V anchor = kAnchor ? load<V>(a.anchor + i) : V{};
     hta::step<kMomentum>(theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, hyper[group], rule, sums);
@@ -128,7 +129,7 @@ void step_range(const StepArgs<T>& args, const Hyper<T>* hyper, const Rule<T>* r
 template <bool kAnchor, class T>
 void penalty_range(const PenaltyArgs<T>& args, int64_t begin, int64_t end, double out[3]) {
   const PenaltyArgs<T> a = args;
-  const T pull = T(a.pull), couple = T(a.couple);
+  const T pull = T(2 * a.L), couple = T(2 / a.L);
   const Rule<T> rules[kLabels] = {{{}, T(0), T(0)}, {{}, T(1), T(0)}, {{}, T(0), T(1)}};
   over_tiles(a.pattern, rules, begin, end, out, [&](auto lanes, int64_t i, int32_t, const auto& rule, auto& sums) __attribute__((always_inline)) {
     using V = decltype(lanes);

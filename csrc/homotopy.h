@@ -7,7 +7,16 @@
 // momentum buffer. "Equation (3)" is H(theta, eta; L) = f(theta) + L |theta_1 - anchor_1|^2 + f(eta)
 // + L |eta_2 - anchor_2|^2 + |theta - eta|^2 / L.
 #pragma once
+#ifdef __CUDACC_RTC__  // NVRTC has no standard headers
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned;
+using int64_t = long long;
+using uintptr_t = unsigned long long;
+#else
 #include <cstdint>
+#endif
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define HTA_INLINE __host__ __device__ __forceinline__
@@ -30,6 +39,7 @@ struct Hyper {
   T pull, couple;  // explicit mode: 2L and 2/L, the gradients of (3)'s quadratic terms; implicit mode: 0
 };
 constexpr int kHyper = 6;
+constexpr int kTable = 6;  // numbers in one label's 2x3 table
 
 // What a label decides: the 2x3 table applied to (a_theta, a_eta, anchor), and who feels the anchor (0 or 1).
 template <class C>

@@ -1,13 +1,15 @@
 """The public ops: argument checks, the choice of a backend, and the ops' registration with PyTorch.
 
-The schemas stand here and nowhere else; the extension (csrc/ops.cpp) implements them for the CPU. Imports the
-reference and the tables; knows nothing of models or optimizers.
+The schemas stand here and nowhere else; the extension (csrc/ops.cpp) implements them for CPU and CUDA tensors,
+triton_ops.py and nvrtc_ops.py for CUDA tensors where the extension does not. Imports these, the reference and the
+tables; knows nothing of models or optimizers.
 """
 
 import ctypes
+import importlib
 import os
 import warnings
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -26,30 +28,108 @@ if TYPE_CHECKING:
 
 _library = torch.library.Library("hta_fused", "DEF")
 _PATTERN = "Tensor? anchor, Tensor? codes, Tensor? labels"
-for _schema in (
-    "step_(Tensor(a!) theta, Tensor(b!) eta, Tensor grad_theta, Tensor grad_eta, Tensor(c!)? momentum_theta, "
-    f"Tensor(d!)? momentum_eta, {_PATTERN}, Tensor hyper, Tensor tables, Tensor? grad_scale, Tensor? found_inf, "
-    "Tensor(e!) stats, bool skip_nonfinite) -> ()",
-    f"penalty(Tensor theta, Tensor eta, {_PATTERN}, float L) -> (Tensor, Tensor, Tensor)",
-    f"penalty_accumulate_(Tensor(a!) grad_theta, Tensor(b!) grad_eta, Tensor theta, Tensor eta, {_PATTERN}, float L)"
-    " -> Tensor",
-    "coefficients(float L, float lr, float momentum, float weight_decay, bool nesterov, str mode) -> (Tensor, Tensor)",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-_ops = torch.ops.hta_fused
-_fused = SimpleNamespace(  # the overloads themselves: their packets cost a microsecond a call
-    step_=_ops.step_.default, penalty=_ops.penalty.default, penalty_accumulate_=_ops.penalty_accumulate_.default
-)
+_SCHEMAS = {
+    "step_": "(Tensor(a!) theta, Tensor(b!) eta, Tensor grad_theta, Tensor grad_eta, Tensor(c!)? momentum_theta, "
+    f"Tensor(d!)? momentum_eta, Tensor(e!)? low_theta, Tensor(f!)? low_eta, {_PATTERN}, Tensor hyper, Tensor tables, "
+    "Tensor? grad_scale, Tensor? found_inf, Tensor(g!) stats, bool skip_nonfinite) -> ()",
+    "penalty": f"(Tensor theta, Tensor eta, {_PATTERN}, float L) -> (Tensor, Tensor, Tensor)",
+    "penalty_accumulate_": "(Tensor(a!) grad_theta, Tensor(b!) grad_eta, Tensor theta, Tensor eta, "
+    f"{_PATTERN}, float L) -> Tensor",
+    "batch_": "(Tensor(a!) out, Tensor(b!) out_labels, Tensor images, Tensor labels, Tensor order, Tensor offsets, "
+    "Tensor mirrored, Tensor scale, Tensor shift, Tensor position, int padding) -> ()",
+}
+_WRITTEN = {"step_": (0, 1, 4, 5, 6, 7, 15), "penalty_accumulate_": (0, 1), "batch_": (0, 1)}
 
 
-@torch.library.register_fake("hta_fused::penalty", lib=_library)
-def _(theta, eta, anchor, codes, labels, L):
+def _fake_penalty(theta, eta, anchor, codes, labels, L):
     return theta.new_empty(()), torch.empty_like(theta), torch.empty_like(eta)
 
 
-@torch.library.register_fake("hta_fused::penalty_accumulate_", lib=_library)
-def _(grad_theta, grad_eta, theta, eta, anchor, codes, labels, L):
+def _fake_penalty_accumulate_(grad_theta, grad_eta, theta, eta, anchor, codes, labels, L):
     return theta.new_empty(())
+
+
+def _penalty_setup(ctx, inputs, output):
+    *_, ctx.codes, ctx.labels, ctx.L = inputs
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _penalty_backward(op, ctx, grad_value, grad_grad_theta, grad_grad_eta):
+    grads: list[Tensor | None] = [None, None]
+    if grad_value is not None:
+        grads = [grad_value * g for g in ctx.saved_tensors]
+    if grad_grad_theta is not None or grad_grad_eta is not None:
+        # The gradients are affine in (θ, η); their derivative is the same map without the anchor, and is symmetric.
+        direction = [
+            torch.zeros_like(saved) if g is None else g.contiguous()
+            for g, saved in zip((grad_grad_theta, grad_grad_eta), ctx.saved_tensors, strict=True)
+        ]
+        curved = op(*direction, None, ctx.codes, ctx.labels, ctx.L)[1:]
+        grads = [c if g is None else g + c for g, c in zip(grads, curved, strict=True)]
+    return *grads, None, None, None, None
+
+
+def _bump_versions(op, mutated: tuple[int, ...]) -> None:
+    """Moves the version counters of what `op` writes, which the stable ABI leaves alone.
+
+    Without it a later backward() through an overwritten tensor would be silently wrong.
+    """
+
+    def kernel(keyset, *args):
+        torch.autograd.graph.increment_version([args[i] for i in mutated if args[i] is not None])
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    _library.impl(op._schema.name.split("::")[1], kernel, "ADInplaceOrView", with_keyset=True)
+
+
+def _define(prefix: str, module: str | None) -> SimpleNamespace:
+    """Defines the four ops under names that start with `prefix`, and returns their overloads.
+
+    `module` names the module of this package that implements them, imported at their first call; without one the
+    extension does.
+    """
+    ops = SimpleNamespace()
+    for name, schema in _SCHEMAS.items():
+        _library.define(prefix + name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        op = getattr(torch.ops.hta_fused, prefix + name).default  # the packet would cost a microsecond a call
+        setattr(ops, name, op)
+        if name in _WRITTEN:
+            _bump_versions(op, _WRITTEN[name])
+        if module is not None:
+            implementation = partial(_call, module, name)
+            _library.impl(prefix + name, implementation, "CompositeExplicitAutograd")
+    for name, fake in (("penalty", _fake_penalty), ("penalty_accumulate_", _fake_penalty_accumulate_)):
+        torch.library.register_fake(f"hta_fused::{prefix}{name}", fake, lib=_library)
+    torch.library.register_autograd(
+        f"hta_fused::{prefix}penalty", partial(_penalty_backward, ops.penalty), setup_context=_penalty_setup, lib=_library
+    )
+    return ops
+
+
+def _call(module: str, name: str, *args):
+    return getattr(_module(module), name)(*args)
+
+
+@cache
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+# The ops of the extension, whose kernels are those of the tensors' device, and of the other backends.
+_EXTENSION = _define("", None)
+_IMPLEMENTATIONS: dict[str, Any] = {
+    "cpu": _EXTENSION,
+    "cuda": _EXTENSION,
+    "triton": _define("triton_", "triton_ops"),
+    "nvrtc": _define("nvrtc_", "nvrtc_ops"),
+    "reference": reference,
+}
+
+_library.define(
+    "coefficients(float L, float lr, float momentum, float weight_decay, bool nesterov, str mode) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 @torch.library.register_fake("hta_fused::coefficients", lib=_library)
@@ -68,51 +148,9 @@ def _coefficients(
 _library.impl("coefficients", _coefficients, "CompositeExplicitAutograd")
 _cached_coefficients = lru_cache(maxsize=64)(_coefficients)
 
-
-def _penalty_setup(ctx, inputs, output):
-    *_, ctx.codes, ctx.labels, ctx.L = inputs
-    ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _penalty_backward(ctx, grad_value, grad_grad_theta, grad_grad_eta):
-    grads: list[Tensor | None] = [None, None]
-    if grad_value is not None:
-        grads = [grad_value * g for g in ctx.saved_tensors]
-    if grad_grad_theta is not None or grad_grad_eta is not None:
-        # The gradients are affine in (θ, η); their derivative is the same map without the anchor, and is symmetric.
-        direction = [
-            torch.zeros_like(saved) if g is None else g.contiguous()
-            for g, saved in zip((grad_grad_theta, grad_grad_eta), ctx.saved_tensors, strict=True)
-        ]
-        curved = _ops.penalty(*direction, None, ctx.codes, ctx.labels, ctx.L)[1:]
-        grads = [c if g is None else g + c for g, c in zip(grads, curved, strict=True)]
-    return *grads, None, None, None, None
-
-
-torch.library.register_autograd("hta_fused::penalty", _penalty_backward, setup_context=_penalty_setup, lib=_library)
-
-
-def _bump_versions(op, mutated: tuple[int, ...]) -> None:
-    """Moves the version counters of what `op` writes, which the stable ABI leaves alone.
-
-    Without it a later backward() through an overwritten tensor would be silently wrong.
-    """
-
-    def kernel(keyset, *args):
-        torch.autograd.graph.increment_version([args[i] for i in mutated if args[i] is not None])
-        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
-
-    _library.impl(op._schema.name.split("::")[1], kernel, "ADInplaceOrView", with_keyset=True)
-
-
-_bump_versions(_ops.step_.default, (0, 1, 4, 5, 13))
-_bump_versions(_ops.penalty_accumulate_.default, (0, 1))
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Backends
 
-_NAMES = ("cpu", "reference")
 _wanted: str | None = None
 
 
@@ -127,7 +165,7 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         return None, f"the extension does not load beside torch {torch.__version__}: {error}"
     library.hta_tile.restype = ctypes.c_int64
-    library.hta_instruction_set.restype = ctypes.c_char_p
+    library.hta_instruction_set.restype = library.hta_cuda_targets.restype = ctypes.c_char_p
     if library.hta_tile() != reference.TILE:
         return None, "the extension is of another version; reinstall hta_fused"
     return library, ""
@@ -136,16 +174,56 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str]:
 _extension, _why_no_extension = _load_extension()
 
 
+def _why_no_cuda(device: torch.device) -> str:
+    if _extension is None:
+        return _why_no_extension
+    targets = (_extension.hta_cuda_targets() or b"").decode()
+    if not targets:
+        return "the extension was built without CUDA; install CUDA's nvcc, then reinstall hta_fused"
+    if not torch.cuda.is_available():
+        return f"there is no CUDA device (the extension has kernels for {targets})"
+    major, minor = torch.cuda.get_device_capability(device)
+    compiled = [int(name) for name in targets.removesuffix("+PTX").split()]
+    # Machine code serves later cards of its generation; PTX all that come after.
+    if any(c // 10 == major and c % 10 <= minor for c in compiled):
+        return ""
+    if targets.endswith("+PTX") and compiled[-1] <= 10 * major + minor:
+        return ""
+    return f"the extension has kernels for {targets}, and this card is {major}{minor}"
+
+
+def _why_not(name: str, device: torch.device) -> str:
+    """Why a backend does not serve a device; empty if it does."""
+    if name == "reference":
+        return ""
+    if name == "cpu":
+        return _why_no_extension if device.type == "cpu" else "it serves CPU tensors"
+    if name == "cuda":
+        return _why_no_cuda(device) if device.type == "cuda" else "it serves CUDA tensors"
+    try:
+        module = _module(f"{name}_ops")
+    except ImportError as error:
+        return f"{error.name or name} is not installed"
+    return module.why_not(device)
+
+
 def backends() -> dict[str, str]:
     """What this install can run: each backend's name with "available …", or why it is missing.
 
-    "cpu" is the C++ extension (float32 and float64 on the CPU), "reference" plain PyTorch (any dtype, any device). The
-    first that serves a tensor is used; HTA_BACKEND or `use_backend` overrides the choice.
+    "cpu" is the C++ extension, "cuda" the same extension's CUDA kernels, "triton" the kernels in Triton (cards of
+    compute capability 8.0 and up), "nvrtc" the CUDA kernels compiled at first use by the NVRTC that comes with torch,
+    "reference" plain PyTorch (any device). The first in this order that serves a tensor is used; HTA_BACKEND or
+    `use_backend` overrides the choice. On the CPU, kernels take float32 and float64; on a GPU float16 and bfloat16 too.
     """
-    fused = _why_no_extension
-    if _extension is not None:
-        fused = f"available ({_extension.hta_instruction_set().decode()})"
-    return {"cpu": fused, "reference": "available (plain PyTorch, unfused)"}
+    result = {}
+    for name in _IMPLEMENTATIONS:
+        device = torch.device("cpu" if name in ("cpu", "reference") or not torch.cuda.is_available() else "cuda")
+        why = _why_no_cuda(device) if name == "cuda" else _why_not(name, device)
+        detail = {"reference": " (plain PyTorch, unfused)"}.get(name, "")
+        if name == "cpu" and _extension is not None:
+            detail = f" ({_extension.hta_instruction_set().decode()})"
+        result[name] = why or f"available{detail}"
+    return result
 
 
 def use_backend(name: str | None) -> None:
@@ -157,30 +235,48 @@ def use_backend(name: str | None) -> None:
     """
     global _wanted
     if name is not None:
-        if name not in _NAMES:
-            raise ValueError(f"backend must be one of {', '.join(_NAMES)}, got {name!r}")
+        if name not in _IMPLEMENTATIONS:
+            raise ValueError(f"backend must be one of {', '.join(_IMPLEMENTATIONS)}, got {name!r}")
         state = backends()[name]
         if not state.startswith("available"):
             raise RuntimeError(f"backend {name!r} cannot run here: {state}")
     _wanted = name
+    _choose.cache_clear()
 
 
-@cache
-def _warn_slow() -> None:
-    warnings.warn(f"hta_fused runs in plain PyTorch, several times slower: {_why_no_extension}", stacklevel=4)
+_KERNEL_DTYPES = {
+    "cpu": (torch.float32, torch.float64),
+    "cuda": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
+}
 
 
-def kernels(like: Tensor) -> Any:
-    """The implementations of the ops (`step_`, `penalty`, `penalty_accumulate_`) that serve a tensor such as `like`."""
-    if _wanted == "reference":
-        return reference
-    if _extension is not None and like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64):
-        return _fused
-    if _wanted == "cpu":
-        raise TypeError(f"backend 'cpu' takes float32 and float64 on the CPU, got {like.dtype} on {like.device}")
-    if _extension is None and not torch.compiler.is_compiling():
-        _warn_slow()
-    return reference
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=None)
+def _choose(device: torch.device, dtype: torch.dtype, low: torch.dtype) -> str:
+    """The backend for copies of `dtype` with gradients of `low`."""
+    served = dtype in _KERNEL_DTYPES["cuda"] and (low == dtype or dtype == torch.float32)
+    served_on_cpu = dtype in _KERNEL_DTYPES["cpu"] and low == dtype
+    reasons = {}
+    for name in _IMPLEMENTATIONS if _wanted is None else [_wanted]:
+        reasons[name] = _why_not(name, device)
+        if not reasons[name] and not (served_on_cpu if name == "cpu" else served or name == "reference"):
+            kinds = ", ".join(str(kind).removeprefix("torch.") for kind in _KERNEL_DTYPES.get(name, _KERNEL_DTYPES["cuda"]))
+            reasons[name] = f"it takes {kinds}, got {dtype} with gradients of {low}"
+        if not reasons[name]:
+            break
+    else:
+        raise TypeError(f"backend {_wanted!r} cannot serve {dtype} on {device}: {reasons[_wanted or '']}")
+    if name == "reference" and _wanted is None:
+        own = "cpu" if device.type == "cpu" else "cuda"
+        if served_on_cpu if own == "cpu" else served:  # no news for a dtype that no kernel takes
+            why = "; ".join(f"{k}: {v}" for k, v in reasons.items() if v and ("cpu" in k) == (own == "cpu"))
+            warnings.warn(f"hta_fused runs in plain PyTorch, several times slower ({why})", stacklevel=4)
+    return name
+
+
+def kernels(like: Tensor, grad: Tensor | None = None) -> Any:
+    """The implementations of the ops (`step_`, `penalty`, …) that serve a tensor such as `like` and its gradient."""
+    return _IMPLEMENTATIONS[_choose(like.device, like.dtype, like.dtype if grad is None else grad.dtype)]
 
 
 if os.environ.get("HTA_BACKEND"):
@@ -190,15 +286,18 @@ if os.environ.get("HTA_BACKEND"):
 # Checks at the boundary
 
 
+_LOW = (torch.float16, torch.bfloat16)
+
+
 def _check_like(name: str, tensor: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.shape != theta.shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but theta has shape {tuple(theta.shape)}")
-    if dtype is not None and tensor.dtype != dtype:
+    if tensor.dtype != (theta.dtype if dtype is None else dtype):
+        if dtype in (None, theta.dtype):
+            raise TypeError(f"{name} has dtype {tensor.dtype}, but theta has dtype {theta.dtype}")
         raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
-    if dtype is None and tensor.dtype != theta.dtype:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, but theta has dtype {theta.dtype}")
     if tensor.device != theta.device:
         raise ValueError(f"{name} is on {tensor.device}, but theta is on {theta.device}")
     if not tensor.is_contiguous():
@@ -241,7 +340,7 @@ def step_buffers(mutated: list[Tensor], *arguments: Any) -> None:
         mutated: every tensor whose version counter must move, those that merely share the buffers' memory included.
         arguments: the op's.
     """
-    step = kernels(arguments[0]).step_
+    step = kernels(arguments[0], arguments[2]).step_
     with torch._C._AutoDispatchBelowADInplaceOrView():
         step(*arguments)
     torch.autograd.graph.increment_version(mutated)
@@ -282,6 +381,8 @@ def homotopy_step_(
     found_inf: Tensor | None = None,
     skip_nonfinite: bool = True,
     stats: Tensor | None = None,
+    low_theta: Tensor | None = None,
+    low_eta: Tensor | None = None,
 ) -> None:
     """One SGD step of both copies, coupled as equation (3) says, in place and in one pass over memory.
 
@@ -291,8 +392,9 @@ def homotopy_step_(
     momentum and which diverges where lr·4/L exceeds about 2(1 + momentum).
 
     Args:
-        theta, eta: the two copies; one shape, dtype, device; contiguous. Overwritten.
-        grad_theta, grad_eta: the loss's gradients, like theta.
+        theta, eta: the two copies; one shape, dtype, device; contiguous. Overwritten. float16 and bfloat16 are
+            computed with in float32.
+        grad_theta, grad_eta: the loss's gradients, like theta; or both float16 or bfloat16 where theta is float32.
         momentum_theta, momentum_eta: momentum buffers, like theta, overwritten; both None only without momentum.
         anchor: θ̃, like theta; None stands for zero and is never read.
         labels: uint8, like theta (0 coupled only, 1 anchored in θ, 2 anchored in η), or a Partition of theta's
@@ -309,13 +411,24 @@ def homotopy_step_(
         stats: float64 [4], overwritten: ‖θ₁−θ̃₁‖² + ‖η₂−θ̃₂‖² and ‖θ−η‖² after the step, 1 if a gradient was not
             finite else 0, and a count to which each skipped step adds 1. Summed in a fixed order: same input, same
             bits, for any number of threads.
+        low_theta, low_eta: like grad_theta; overwritten with the new θ and η in its dtype, for the next forward pass
+            of a network in low precision. Both None: not wanted.
 
     Raises:
         ValueError: shapes or devices differ, a buffer is not contiguous, labels exceed 2, L or lr is outside its range.
         TypeError: dtypes differ or are not floating, or an argument is no tensor.
     """
-    _check_buffers(theta, eta=eta, grad_theta=grad_theta, grad_eta=grad_eta, momentum_theta=momentum_theta,
-                   momentum_eta=momentum_eta, anchor=anchor)  # fmt: skip
+    _check_buffers(theta, eta=eta, momentum_theta=momentum_theta, momentum_eta=momentum_eta, anchor=anchor)
+    low = theta.dtype
+    if isinstance(grad_theta, Tensor) and theta.dtype == torch.float32 and grad_theta.dtype in _LOW:
+        low = grad_theta.dtype
+    for name, tensor in (("grad_theta", grad_theta), ("grad_eta", grad_eta)):
+        _check_like(name, tensor, theta, low)
+    for name, tensor in (("low_theta", low_theta), ("low_eta", low_eta)):
+        if (tensor is None) != (low_theta is None):
+            raise ValueError(f"{name} must be given where the other copy's is")
+        if tensor is not None:
+            _check_like(name, tensor, theta, low)
     for name, buffer in (("momentum_theta", momentum_theta), ("momentum_eta", momentum_eta)):
         if momentum != 0 and buffer is None:
             raise ValueError(f"{name} must be a tensor where momentum is {momentum}, got None")
@@ -325,14 +438,14 @@ def homotopy_step_(
         if L is None:
             raise ValueError("L must be given, or tables in its place")
         check_L(L, mode)
-        make = _ops.coefficients if torch.compiler.is_compiling() else _cached_coefficients
+        make = torch.ops.hta_fused.coefficients if torch.compiler.is_compiling() else _cached_coefficients
         hyper, tables = make(L, lr, momentum, weight_decay, nesterov, mode)
     else:
         if L is not None or mode != "implicit":
             raise ValueError("tables stands in place of L and mode: give one or the other")
         if tables.shape != (3, 2, 3) or tables.dtype != torch.float64:
             raise ValueError(f"tables must be float64 of shape (3, 2, 3), got {tables.dtype} {tuple(tables.shape)}")
-        hyper = _ops.coefficients(1.0, lr, momentum, weight_decay, nesterov, "implicit")[0]
+        hyper = torch.ops.hta_fused.coefficients(1.0, lr, momentum, weight_decay, nesterov, "implicit")[0]
         tables = tables[None].contiguous()
     if stats is None:
         stats = torch.zeros(4, dtype=torch.float64, device=theta.device)
@@ -342,8 +455,8 @@ def homotopy_step_(
         momentum_theta = momentum_eta = None  # as torch.optim.SGD: left alone
     scale, found = _as_scalar("grad_scale", grad_scale, theta), _as_scalar("found_inf", found_inf, theta)
     with torch.no_grad():
-        kernels(theta).step_(
-            theta, eta, grad_theta, grad_eta, momentum_theta, momentum_eta, anchor, codes, bytes_,
+        kernels(theta, grad_theta).step_(
+            theta, eta, grad_theta, grad_eta, momentum_theta, momentum_eta, low_theta, low_eta, anchor, codes, bytes_,
             hyper.to(theta.device), tables.to(theta.device), scale, found, stats, skip_nonfinite,
         )  # fmt: skip
 

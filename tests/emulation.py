@@ -1,0 +1,33 @@
+"""The GPU kernels on the CPU, for machines without a GPU: csrc/cuda.cuh under emulator.cpp, behind nvrtc_ops.launch."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from hta_fused import nvrtc_ops
+
+COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0])
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The emulator, compiled once a session."""
+    out = Path(tempfile.mkdtemp()) / "emulator.so"
+    command = [COMPILER, "-O2", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas",
+               f"-I{nvrtc_ops.SOURCE}", *nvrtc_ops.DEFINITIONS, str(Path(__file__).with_name("emulator.cpp")), "-o", str(out)]  # fmt: skip
+    subprocess.run(command, check=True)
+    emulator = ctypes.CDLL(str(out))
+    emulator.emulate.restype = emulator.kernel_names.restype = ctypes.c_char_p
+    emulator.emulate.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]
+    return emulator
+
+
+def launch(expression, blocks, args, like) -> None:
+    """Stands in for nvrtc_ops.launch."""
+    assert like.device.type == "cpu"
+    error = library().emulate(expression.encode(), blocks, ctypes.addressof(args))
+    assert error is None, f"{expression}: {error.decode()}"

@@ -1,0 +1,130 @@
+// Runs the GPU kernels of csrc/cuda.cuh on the CPU, from their own source: every thread of a block is a fiber.
+//
+// Between two barriers the threads of a block run in a random order, one after the other, so that a missing barrier
+// shows. A barrier that only some threads of a block reach is an error.
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+struct Index { unsigned x; };
+static Index threadIdx, blockIdx;
+static void barrier();
+template <class T> static T shuffle_down(T value, int distance);
+
+#define __device__
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __syncthreads barrier
+#define __shfl_down_sync(mask, value, distance) shuffle_down(value, distance)
+#define HTA_DEVICE inline
+#include "cuda.cuh"
+
+using namespace hta;
+using namespace hta::gpu;
+
+constexpr size_t kStack = 64 * 1024;
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  bool done = false;
+  int shuffles = 0;
+};
+static Fiber fibers[kThreads];
+static ucontext_t scheduler;
+static std::function<void()> body;
+static double shuffled[2][kThreads];
+static std::mt19937 order(1);
+
+static void barrier() { swapcontext(&fibers[threadIdx.x].context, &scheduler); }
+
+// Two rooms in turn, since a thread may write the next value before another has read the last.
+template <class T> static T shuffle_down(T value, int distance) {
+  const unsigned self = threadIdx.x;
+  double* room = shuffled[fibers[self].shuffles++ % 2];
+  room[self] = value;
+  barrier();
+  return T(room[self % 32 + distance < 32 ? self + distance : self]);
+}
+
+static void enter() {
+  body();
+  fibers[threadIdx.x].done = true;
+  swapcontext(&fibers[threadIdx.x].context, &scheduler);
+}
+
+static const char* run_block() {
+  std::vector<unsigned> threads(kThreads);
+  for (unsigned t = 0; t < kThreads; ++t) {
+    threads[t] = t;
+    fibers[t].done = false;
+    fibers[t].shuffles = 0;
+    getcontext(&fibers[t].context);
+    fibers[t].context.uc_stack.ss_sp = fibers[t].stack.get();
+    fibers[t].context.uc_stack.ss_size = kStack;
+    makecontext(&fibers[t].context, enter, 0);
+  }
+  for (;;) {
+    std::shuffle(threads.begin(), threads.end(), order);
+    int finished = 0;
+    for (const unsigned t : threads) {
+      threadIdx.x = t;
+      swapcontext(&scheduler, &fibers[t].context);
+      finished += fibers[t].done;
+    }
+    if (finished == kThreads) return nullptr;
+    if (finished > 0) return "some threads of a block ended before a barrier that others wait at";
+  }
+}
+
+using Launch = std::function<const char*(int64_t blocks, const void* args)>;
+static std::map<std::string, Launch> kernels;
+
+static std::string plain(std::string name) {
+  std::string result;
+  for (size_t i = 0; i < name.size(); ++i) {
+    if (!name.compare(i, 5, "hta::")) i += 4;
+    else if (!strchr(" ()", name[i])) result += name[i];
+  }
+  return result;
+}
+
+template <class Args> static void add(const char* name, void (*kernel)(Args)) {
+  kernels[plain(name)] = [kernel](int64_t blocks, const void* args) -> const char* {
+    body = [kernel, args] { kernel(*static_cast<const std::remove_const_t<Args>*>(args)); };
+    for (int64_t block = 0; block < blocks; ++block) {
+      blockIdx.x = unsigned(block);
+      if (const char* error = run_block()) return error;
+    }
+    return nullptr;
+  };
+}
+
+static void fill() {
+  if (!kernels.empty()) return;
+#define HTA_ADD(kernel) add(#kernel, kernel);
+  HTA_KERNELS(HTA_ADD)
+}
+
+// The error, or null.
+extern "C" const char* emulate(const char* name, int64_t blocks, const void* args) {
+  fill();
+  const auto found = kernels.find(plain(name));
+  return found == kernels.end() ? "no such kernel" : found->second(blocks, args);
+}
+
+// The names of all kernels, a line each.
+extern "C" const char* kernel_names() {
+  static std::string names;
+  fill();
+  if (names.empty())
+    for (const auto& [name, launch] : kernels) names += name + "\n";
+  return names.c_str();
+}
