@@ -39,7 +39,9 @@ def find_nvcc() -> str | None:
     places = [os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"]
     nvcc = next(filter(None, (shutil.which(place) for place in places if place)), None) if wish != "0" else None
     if nvcc is None and wish == "1":
-        sys.exit("hta_fused: HTA_CUDA=1, but there is no nvcc: not in CUDACXX, CUDA_HOME/bin, the PATH or /usr/local/cuda")
+        sys.exit(
+            "hta_fused: HTA_CUDA=1, but there is no nvcc: not in CUDACXX, CUDA_HOME/bin, the PATH or /usr/local/cuda"
+        )
     if nvcc is None and wish == "auto":
         say("no nvcc found, so the CUDA kernels are left out; on a GPU, Triton or NVRTC kernels will serve")
     return nvcc
@@ -79,7 +81,9 @@ class Build(BuildExtension):
 
     def add_cuda(self, extension, nvcc: str) -> None:
         # nvcc on the PATH may be a script that stands for the real one: ask where the toolkit is.
-        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True)
+        dry = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True
+        )
         top = Path(re.search(r"TOP=(\S+)", dry.stderr)[1]).resolve()
         libraries = next((p.parent for p in sorted(top.glob("**/libcudart_static.a"))), None)
         if libraries is None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .measure import GUARDED, OURS
+from .measure import GUARDED, OURS, ROOFS
 
 OUR_COLOR, THEIR_COLOR = "#1b7f5c", "#9aa3ad"
 
@@ -46,7 +46,7 @@ def ratios(results: list[dict[str, Any]], path: Path, caption: str) -> None:
     figure, axes = _panels(len(results), 7, 3.4, columns=2)
     for axis, result in zip(axes, results, strict=True):
         times, base = result["times"], result["times"][result["base"]][0]
-        names = sorted((n for n in times if not n.startswith("triad")), key=lambda n: times[n][0])
+        names = sorted((n for n in times if n not in ROOFS), key=lambda n: times[n][0])
         _bars(axis, names, [times[n][0] / base for n in names], {result["base"], GUARDED}, "%.2f×")
         axis.set_title(result["title"], fontsize=10, loc="right")
         axis.set_xlabel(f"time over {result['base']}")
@@ -54,17 +54,17 @@ def ratios(results: list[dict[str, Any]], path: Path, caption: str) -> None:
 
 
 def roofline(result: dict[str, Any], path: Path, caption: str) -> None:
-    """Useful bandwidth: the bytes that a step must touch over its time, for ours and every rival, under the triad."""
+    """Useful bandwidth: the bytes that a step must touch over its time, for ours and every rival, under the roof."""
     figure, (axis,) = _panels(1, 8.5, 4.2, columns=1)
     needed = result["bytes"][OURS] * result["elements"]
-    roof = max(v for n, v in result["bandwidth"].items() if n.startswith("triad")) / 1e9
-    names = sorted((n for n in result["times"] if not n.startswith("triad")), key=lambda n: result["times"][n][0])
+    roof = max(v for n, v in result["bandwidth"].items() if n in ROOFS) / 1e9
+    names = sorted((n for n in result["times"] if n not in ROOFS), key=lambda n: result["times"][n][0])
     values = []
     for name in names:  # SGD without homotopy needs fewer bytes
         useful = result["bandwidth"][name] if "plain SGD" in name else needed / result["times"][name][0]
         values.append(useful / 1e9)
     _bars(axis, names, values, {OURS, GUARDED}, "%.1f", inside=True)
-    axis.axvline(roof, color="black", linestyle="--", linewidth=1, label=f"triad: {roof:.1f} GB/s")
+    axis.axvline(roof, color="black", linestyle="--", linewidth=1, label=f"roof: {roof:.1f} GB/s")
     axis.legend(loc="lower center", frameon=False)
     axis.set_title(result["title"], fontsize=10)
     axis.set_xlabel("GB/s: the bytes that a fused step needs, over the time taken")

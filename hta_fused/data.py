@@ -1,7 +1,7 @@
 """Images in memory: CIFAR-10 from the official archives, scikit-learn's digits, and synthetic ones; and their batches.
 
 Everything stays uint8 until a batch is made; flips, crops and normalisation act on whole batches, and every random
-number of an epoch follows from (seed, epoch). No worker processes. Imports nothing of the package.
+number of an epoch follows from (seed, epoch). No worker processes. Imports ops.py for the batches.
 """
 
 import hashlib
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .ops import batch_
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what the CIFAR-10 recipe uses
 PADDING = 4  # random crops of 32 out of 40
@@ -75,7 +77,7 @@ def digits() -> Images:
     images = F.interpolate(grey, size=32, mode="bilinear", align_corners=False)
     images = (images * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
     labels = torch.from_numpy(bunch.target).long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0), device="cpu")
     test, train = order[: len(order) // 5], order[len(order) // 5 :]
     mean, std = (images[train] / 255).mean().item(), (images[train] / 255).std().item()
     return Images(images[train], labels[train], images[test], labels[test], False, (mean,) * 3, (std,) * 3)
@@ -84,9 +86,9 @@ def digits() -> Images:
 def synthetic(train: int = 512, test: int = 256, classes: int = 10) -> Images:
     """One random coarse pattern per class under noise: learnable, made in a moment, the same on every machine."""
     generator = torch.Generator().manual_seed(0)
-    patterns = F.interpolate(torch.rand(classes, 3, 4, 4, generator=generator), size=32)
-    labels = torch.randint(classes, (train + test,), generator=generator)
-    noise = torch.rand(train + test, 3, 32, 32, generator=generator)
+    patterns = F.interpolate(torch.rand(classes, 3, 4, 4, generator=generator, device="cpu"), size=32)
+    labels = torch.randint(classes, (train + test,), generator=generator, device="cpu")
+    noise = torch.rand(train + test, 3, 32, 32, generator=generator, device="cpu")
     images = ((0.6 * patterns[labels] + 0.4 * noise) * 255).to(torch.uint8)
     return Images(images[:train], labels[:train], images[train:], labels[train:], True)
 
@@ -235,13 +237,16 @@ def _decode_pickle(blob: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Batches:
-    """Turns uint8 images into normalised batches, a whole batch at a time.
+    """Turns uint8 images, held on the device, into augmented and normalised batches; on a GPU in one kernel each.
+
+    One epoch is under way at a time. Its order, crops and mirrorings are drawn on the CPU, the same on every machine,
+    and go to the device when it begins; nothing does after that.
 
     Args:
         images: the data.
         batch_size: of training batches; the last, smaller one of an epoch is kept.
         seed: every random number of epoch e follows from (seed, e).
-        device, memory_format: of the batches. Their dtype is float32; autocast picks the compute dtype.
+        device, memory_format, dtype: of the batches.
     """
 
     def __init__(
@@ -251,33 +256,56 @@ class Batches:
         seed: int = 0,
         device: torch.device | str = "cpu",
         memory_format: torch.memory_format = torch.contiguous_format,
+        dtype: torch.dtype = torch.float32,
     ):
         self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.memory_format = memory_format
+        self.memory_format, self.dtype = memory_format, dtype
         self.data = {
             "train": (images.train.to(device), images.train_labels.to(device)),
             "test": (images.test.to(device), images.test_labels.to(device)),
         }
-        scale = torch.tensor(images.std, device=device).view(1, -1, 1, 1) * 255
-        self._scale = 1 / scale
-        self._shift = -torch.tensor(images.mean, device=device).view(1, -1, 1, 1) * 255 / scale
+        scale = torch.tensor(images.std, device="cpu") * 255
+        self._scale = (1 / scale).to(device)
+        self._shift = (-torch.tensor(images.mean, device="cpu") * 255 / scale).to(device)
+        # Of the epoch under way, at addresses that stay: a captured CUDA graph reads them.
+        count = len(images.train)
+        self._order = torch.zeros(count, dtype=torch.int64, device=device)
+        self._offsets = torch.zeros(2, count, dtype=torch.int64, device=device)
+        self._mirrored = torch.zeros(count, dtype=torch.bool, device=device)
+        self._position = torch.zeros((), dtype=torch.int64, device=device)
 
     def __len__(self) -> int:
         return -(-len(self.images.train) // self.batch_size)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The shuffled, augmented training batches of an epoch, from number `start` on."""
-        x, y = self.data["train"]
+    def size(self, batch: int) -> int:
+        """The images in batch number `batch` of an epoch."""
+        return min(self.batch_size, len(self.images.train) - batch * self.batch_size)
+
+    def begin(self, epoch: int, start: int = 0) -> None:
+        """Makes batch number `start` of an epoch the next one."""
+        count = len(self.images.train)
         # One stream per (seed, epoch); the multiplier keeps neighbouring pairs apart.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(x), generator=generator)
-        offsets = torch.randint(2 * PADDING + 1, (2, len(x)), generator=generator)
-        mirrored = torch.rand(len(x), generator=generator) < (0.5 if self.images.flip else 0.0)
-        order, offsets, mirrored = (t.to(x.device) for t in (order, offsets, mirrored))
-        for i in range(start, len(self)):
-            part = slice(i * self.batch_size, (i + 1) * self.batch_size)
-            chosen = order[part]
-            yield self.normalise(augment(x[chosen], offsets[:, part], mirrored[part])), y[chosen]
+        self._order.copy_(torch.randperm(count, generator=generator, device="cpu"))
+        self._offsets.copy_(torch.randint(2 * PADDING + 1, (2, count), generator=generator, device="cpu"))
+        self._mirrored.copy_(torch.rand(count, generator=generator, device="cpu") < (0.5 if self.images.flip else 0.0))
+        self._position.fill_(start * self.batch_size)
+
+    def next(self, size: int) -> tuple[Tensor, Tensor]:
+        """The next `size` images of the epoch, shuffled, cropped and mirrored; int64 labels."""
+        x, y = self.data["train"]
+        images = torch.empty((size, *x.shape[1:]), dtype=self.dtype, device=x.device, memory_format=self.memory_format)
+        labels = torch.empty(size, dtype=y.dtype, device=y.device)
+        batch_(images, labels, x, y, self._order, self._offsets, self._mirrored, self._scale, self._shift,
+               self._position, PADDING)  # fmt: skip
+        self._position += size
+        return images, labels
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The training batches of an epoch, from number `start` on."""
+        self.begin(epoch, start)
+        for batch in range(start, len(self)):
+            yield self.next(self.size(batch))
 
     def plain(self, split: str, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
         """The images of "train" or "test" in order, as they are."""
@@ -286,19 +314,6 @@ class Batches:
             yield self.normalise(images), labels
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 to float32 of mean 0 and deviation 1, in the memory format."""
-        return torch.addcmul(self._shift, images.to(torch.float32, memory_format=self.memory_format), self._scale)
-
-
-def augment(images: Tensor, offsets: Tensor, mirrored: Tensor) -> Tensor:
-    """Random crops out of zero-padded images, some of them mirrored.
-
-    Args:
-        images: uint8 [n, 3, h, w].
-        offsets: int64 [2, n], rows then columns, each from 0 to 2·PADDING.
-        mirrored: bool [n].
-    """
-    n, _, height, width = images.shape
-    windows = F.pad(images, (PADDING,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-    crops = windows[torch.arange(n, device=images.device), :, offsets[0], offsets[1]]
-    return torch.where(mirrored.view(-1, 1, 1, 1), crops.flip(-1), crops)
+        """uint8 to mean 0 and deviation 1, in the dtype and the memory format."""
+        scale, shift = self._scale.view(1, -1, 1, 1), self._shift.view(1, -1, 1, 1)
+        return torch.addcmul(shift, images.to(torch.float32, memory_format=self.memory_format), scale).to(self.dtype)

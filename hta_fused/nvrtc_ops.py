@@ -137,7 +137,9 @@ def target(capability: tuple[int, int]) -> str:
     if card in known:
         return f"sm_{card}"
     if card < min(known):
-        raise RuntimeError(f"this NVRTC compiles for compute capability {min(known) / 10} and up, this card has {card / 10}")
+        raise RuntimeError(
+            f"this NVRTC compiles for compute capability {min(known) / 10} and up, this card has {card / 10}"
+        )
     return f"compute_{max(k for k in known if k < card)}"
 
 
@@ -158,8 +160,8 @@ def compile_kernel(expression: str, arch: str, ptx: bool = False) -> tuple[str, 
     digest = hashlib.sha256(repr((sources, options, expression, [v.value for v in version], ptx)).encode()).hexdigest()
     kept = _cache_folder() / digest[:32]
     with suppress(OSError):
-        name, _, code = kept.read_bytes().partition(b"\0")
-        return name.decode(), code
+        lowered_name, _, code = kept.read_bytes().partition(b"\0")
+        return lowered_name.decode(), code
 
     program = ctypes.c_void_p()
     headers = (ctypes.c_char_p * len(_HEADERS))(*(sources[name] for name in _HEADERS))

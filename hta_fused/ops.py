@@ -98,11 +98,15 @@ def _define(prefix: str, module: str | None) -> SimpleNamespace:
             _bump_versions(op, _WRITTEN[name])
         if module is not None:
             implementation = partial(_call, module, name)
-            _library.impl(prefix + name, implementation, "CompositeExplicitAutograd")
+            for key in ("CPU", "CUDA"):  # on the CPU for Triton's interpreter and the tests' emulator
+                _library.impl(prefix + name, implementation, key)
     for name, fake in (("penalty", _fake_penalty), ("penalty_accumulate_", _fake_penalty_accumulate_)):
         torch.library.register_fake(f"hta_fused::{prefix}{name}", fake, lib=_library)
     torch.library.register_autograd(
-        f"hta_fused::{prefix}penalty", partial(_penalty_backward, ops.penalty), setup_context=_penalty_setup, lib=_library
+        f"hta_fused::{prefix}penalty",
+        partial(_penalty_backward, ops.penalty),
+        setup_context=_penalty_setup,
+        lib=_library,
     )
     return ops
 
@@ -119,7 +123,7 @@ def _module(name: str) -> Any:
 # The ops of the extension, whose kernels are those of the tensors' device, and of the other backends.
 _EXTENSION = _define("", None)
 _IMPLEMENTATIONS: dict[str, Any] = {
-    "cpu": _EXTENSION,
+    "cpu": SimpleNamespace(**{**vars(_EXTENSION), "batch_": reference.batch_}),
     "cuda": _EXTENSION,
     "triton": _define("triton_", "triton_ops"),
     "nvrtc": _define("nvrtc_", "nvrtc_ops"),
@@ -134,7 +138,7 @@ _library.define(
 
 @torch.library.register_fake("hta_fused::coefficients", lib=_library)
 def _(L, lr, momentum, weight_decay, nesterov, mode):
-    return torch.empty(1, 6, dtype=torch.float64), torch.empty(1, 3, 2, 3, dtype=torch.float64)
+    return tuple(torch.empty(shape, dtype=torch.float64, device="cpu") for shape in ((1, 6), (1, 3, 2, 3)))
 
 
 def _coefficients(
@@ -142,7 +146,8 @@ def _coefficients(
 ) -> tuple[Tensor, Tensor]:
     """(hyper, tables) of one parameter group. An op of its own, so that torch.compile lets L and lr vary."""
     hyper, per_label = tables.step_coefficients(L, lr, momentum, weight_decay, nesterov, mode)
-    return torch.tensor([hyper], dtype=torch.float64), torch.tensor([per_label], dtype=torch.float64)
+    on_cpu: dict[str, Any] = dict(dtype=torch.float64, device="cpu")
+    return torch.tensor([hyper], **on_cpu), torch.tensor([per_label], **on_cpu)
 
 
 _library.impl("coefficients", _coefficients, "CompositeExplicitAutograd")
@@ -244,39 +249,47 @@ def use_backend(name: str | None) -> None:
     _choose.cache_clear()
 
 
-_KERNEL_DTYPES = {
-    "cpu": (torch.float32, torch.float64),
-    "cuda": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
-}
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "nvrtc", "reference")}
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # the kernels' on a GPU
+
+
+def _takes(name: str, dtype: torch.dtype, low: torch.dtype) -> bool:
+    """Whether a backend has kernels for copies of `dtype` with gradients of `low`."""
+    if name == "reference":
+        return True
+    if name == "cpu":
+        return dtype == low and dtype in _DTYPES[:2]
+    return dtype in _DTYPES and (dtype == low or dtype == torch.float32)
+
+
+@cache
+def _choose(device: torch.device, dtype: torch.dtype, low: torch.dtype) -> str:
+    if _wanted is not None:
+        why = _why_not(_wanted, device) or ("" if _takes(_wanted, dtype, low) else f"it has no kernel for {dtype}")
+        if why:
+            raise TypeError(f"backend {_wanted!r} cannot serve {dtype} with gradients of {low} on {device}: {why}")
+        return _wanted
+    reasons = []
+    for name in _ORDER.get(device.type, ("reference",)):
+        if not _takes(name, dtype, low):
+            continue
+        why = _why_not(name, device)
+        if not why:
+            break
+        reasons.append(f"{name}: {why}")
+    if reasons and name == "reference":
+        warnings.warn(f"hta_fused runs in plain PyTorch, several times slower ({'; '.join(reasons)})", stacklevel=4)
+    return name
 
 
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=None)
-def _choose(device: torch.device, dtype: torch.dtype, low: torch.dtype) -> str:
-    """The backend for copies of `dtype` with gradients of `low`."""
-    served = dtype in _KERNEL_DTYPES["cuda"] and (low == dtype or dtype == torch.float32)
-    served_on_cpu = dtype in _KERNEL_DTYPES["cpu"] and low == dtype
-    reasons = {}
-    for name in _IMPLEMENTATIONS if _wanted is None else [_wanted]:
-        reasons[name] = _why_not(name, device)
-        if not reasons[name] and not (served_on_cpu if name == "cpu" else served or name == "reference"):
-            kinds = ", ".join(str(kind).removeprefix("torch.") for kind in _KERNEL_DTYPES.get(name, _KERNEL_DTYPES["cuda"]))
-            reasons[name] = f"it takes {kinds}, got {dtype} with gradients of {low}"
-        if not reasons[name]:
-            break
-    else:
-        raise TypeError(f"backend {_wanted!r} cannot serve {dtype} on {device}: {reasons[_wanted or '']}")
-    if name == "reference" and _wanted is None:
-        own = "cpu" if device.type == "cpu" else "cuda"
-        if served_on_cpu if own == "cpu" else served:  # no news for a dtype that no kernel takes
-            why = "; ".join(f"{k}: {v}" for k, v in reasons.items() if v and ("cpu" in k) == (own == "cpu"))
-            warnings.warn(f"hta_fused runs in plain PyTorch, several times slower ({why})", stacklevel=4)
-    return name
+def _chosen(device: torch.device, dtype: torch.dtype, low: torch.dtype) -> str:
+    return _choose(device, dtype, low)  # the compiler would trace through a cache
 
 
 def kernels(like: Tensor, grad: Tensor | None = None) -> Any:
     """The implementations of the ops (`step_`, `penalty`, …) that serve a tensor such as `like` and its gradient."""
-    return _IMPLEMENTATIONS[_choose(like.device, like.dtype, like.dtype if grad is None else grad.dtype)]
+    return _IMPLEMENTATIONS[_chosen(like.device, like.dtype, like.dtype if grad is None else grad.dtype)]
 
 
 if os.environ.get("HTA_BACKEND"):
@@ -331,6 +344,19 @@ def _pattern(labels: "Tensor | Partition | None", theta: Tensor) -> tuple[Tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The ops
+
+
+def batch_(out: Tensor, *arguments: Any) -> None:
+    """Fills `out` with one batch of a data set that lies on its device; in one kernel there if that is a GPU.
+
+    Args:
+        out: [size, channels, height, width], any strides, overwritten with pixel · scale + shift.
+        arguments: out_labels (int64 [size], overwritten), images (uint8 [n, channels, height, width]), labels (int64
+            [n]), order (int64 [count]: the epoch's images), offsets (int64 [2, count]: each one's row and column in
+            the zero-padded image), mirrored (bool [count]), scale and shift (float32 [channels]), position (int64,
+            one number: where in `order` the batch begins), padding (int).
+    """
+    kernels(out).batch_(out, *arguments)
 
 
 def step_buffers(mutated: list[Tensor], *arguments: Any) -> None:
@@ -424,11 +450,11 @@ def homotopy_step_(
         low = grad_theta.dtype
     for name, tensor in (("grad_theta", grad_theta), ("grad_eta", grad_eta)):
         _check_like(name, tensor, theta, low)
-    for name, tensor in (("low_theta", low_theta), ("low_eta", low_eta)):
-        if (tensor is None) != (low_theta is None):
-            raise ValueError(f"{name} must be given where the other copy's is")
-        if tensor is not None:
-            _check_like(name, tensor, theta, low)
+    if (low_theta is None) != (low_eta is None):
+        raise ValueError("low_theta and low_eta must both be tensors, or neither")
+    for name, copy in (("low_theta", low_theta), ("low_eta", low_eta)):
+        if copy is not None:
+            _check_like(name, copy, theta, low)
     for name, buffer in (("momentum_theta", momentum_theta), ("momentum_eta", momentum_eta)):
         if momentum != 0 and buffer is None:
             raise ValueError(f"{name} must be a tensor where momentum is {momentum}, got None")

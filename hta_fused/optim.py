@@ -41,6 +41,8 @@ class HomotopySGD(torch.optim.Optimizer):
             `param_groups`. Each group of `param_groups` lists θ's parameters, then η's.
         skip_nonfinite: look at all gradients before the step and skip it if any is inf or NaN; costs one more read of
             the gradients. With a GradScaler its own check serves.
+        capturable: `step` may be captured in a CUDA graph, which then reads the settings from the device: after
+            changing any (lr, L, …) call `refresh` before the next replay. Assigning `.L` does so by itself.
 
     Raises:
         ValueError: a setting outside its range, a name that the model does not have, a parameter in two groups.
@@ -58,29 +60,36 @@ class HomotopySGD(torch.optim.Optimizer):
         *,
         groups: Iterable[Mapping[str, Any]] = (),
         skip_nonfinite: bool = True,
+        capturable: bool = False,
     ):
         self.replicas = replicas
         self.skip_nonfinite = skip_nonfinite
+        self.capturable = capturable
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
         device = replicas.params.device
         self._codes = replicas.partition.codes.clone()  # (group, label) of each tile
         self._momentum = torch.zeros_like(replicas.params)
         self._stats = torch.tensor([float("nan"), float("nan"), 0.0, 0.0], dtype=torch.float64, device=device)
-        self._known: tuple[Any, ...] | None = None  # the settings that _hyper and _tables were made from
-        self._hyper = self._tables = torch.empty(0)
+        self._known: tuple[Any, ...] | None = None  # the settings that the coefficients were made from
         self._warned = False
         theta, eta, momentum_theta, momentum_eta = [*replicas.params, *self._momentum]
         self._momentum_views = [replicas.layout.views(row) for row in (momentum_theta, momentum_eta)]
         # What the step reads and writes, without and with momentum; and what it writes, under every name: the
         # parameters share the buffer's memory but not its version counter.
         self._buffers = [
-            (theta, eta, *replicas.grads, *buffers) for buffers in ((None, None), (momentum_theta, momentum_eta))
+            (theta, eta, *replicas.grads, *buffers, *(replicas.low if replicas.low is not None else (None, None)))
+            for buffers in ((None, None), (momentum_theta, momentum_eta))
         ]
         self._mutated = [*replicas.parameters[0], *replicas.parameters[1], theta, momentum_theta, self._stats]
         self._index_of = {id(p): i for i, p in enumerate(replicas.parameters[0])}  # in the layout, by θ's parameter
         defaults = dict(lr=lr, momentum=momentum, dampening=0.0, weight_decay=weight_decay, nesterov=nesterov, L=L,
                         mode=mode)  # fmt: skip
         super().__init__(self._split(groups), defaults)
+        # All groups' rows of the op's `hyper`, then their tables: one buffer, one copy to the device.
+        count = len(self.param_groups)
+        self.coefficients = torch.zeros(count * (6 + 18), dtype=torch.float64, device=device)
+        self._hyper = self.coefficients[: 6 * count].view(count, 6)
+        self._tables = self.coefficients[6 * count :].view(count, 3, 2, 3)
         for index, group in enumerate(self.param_groups):
             _check(group)
             for i in self._indices(group):
@@ -97,6 +106,8 @@ class HomotopySGD(torch.optim.Optimizer):
             check_L(value, group["mode"])
         for group in self.param_groups:
             group["L"] = value
+        if self.capturable:
+            self.refresh()
 
     @property
     def stats(self) -> StepStats:
@@ -132,7 +143,14 @@ class HomotopySGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.replicas.collect_grads()
-        uses_momentum = self._refresh()
+        if self.replicas.params.is_cuda and torch.cuda.is_current_stream_capturing():
+            if not self.capturable:
+                raise RuntimeError("a CUDA graph captures HomotopySGD.step(), which needs capturable=True")
+            if self._known is None:
+                raise RuntimeError("call HomotopySGD.refresh() before a CUDA graph captures step()")
+        else:
+            self.refresh()
+        uses_momentum = any(group["momentum"] for group in self.param_groups)
         found_inf = getattr(self, "found_inf", None)
         step_buffers(
             self._mutated, *self._buffers[uses_momentum],
@@ -143,14 +161,35 @@ class HomotopySGD(torch.optim.Optimizer):
             self._show_momentum()
         return loss
 
+    def refresh(self) -> None:
+        """Brings the coefficients on the device up to date with param_groups; `step` does so unless it is captured."""
+        settings = self._settings()
+        if settings == self._known:
+            return
+        for group in self.param_groups:
+            check_L(group["L"], group["mode"])
+        values = self._coefficients_of(settings)
+        if self.coefficients.is_cuda:
+            values = values.pin_memory()  # so that the copy waits for nothing
+        self.coefficients.copy_(values, non_blocking=True)
+        self._known = settings
+        self._warn_if_unstable(settings)
+
+    def coefficients_at(self, **changed: Any) -> Tensor:
+        """What `coefficients` would hold, on the CPU, were some settings changed in every group (lr=0.1, say)."""
+        return self._coefficients_of(self._settings(**changed))
+
     # ------------------------------------------------------------------------------------------------- state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim.Optimizer.load_state_dict; the momentum goes into the flat buffer."""
         super().load_state_dict(state_dict)
+        # The saved momenta themselves: torch has cast its copies to the parameters' dtype.
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        saved = dict(zip([p for group in self.param_groups for p in group["params"]], keys, strict=True))
         for row, parameters in enumerate(self.replicas.parameters):
             for parameter, view in zip(parameters, self._momentum_views[row], strict=True):
-                buffer = self.state.get(parameter, {}).get("momentum_buffer")
+                buffer = state_dict["state"].get(saved[parameter], {}).get("momentum_buffer")
                 view.zero_() if buffer is None else view.copy_(buffer)
         if self.state:
             self._show_momentum()
@@ -254,9 +293,14 @@ class HomotopySGD(torch.optim.Optimizer):
         params: list[nn.Parameter] = group["params"]
         return [self._index_of[id(p)] for p in params[: len(params) // 2]]
 
-    def _refresh(self) -> bool:
-        """Brings the coefficients up to date with param_groups; returns whether any group has momentum."""
-        settings = tuple(
+    @staticmethod
+    def _coefficients_of(settings: tuple[tuple[Any, ...], ...]) -> Tensor:
+        rows = [step_coefficients(*setting) for setting in settings]
+        parts = (torch.tensor([row[i] for row in rows], dtype=torch.float64, device="cpu").flatten() for i in (0, 1))
+        return torch.cat(list(parts))
+
+    def _settings(self, **changed: Any) -> tuple[tuple[Any, ...], ...]:
+        return tuple(
             (
                 float(g["L"]),
                 float(g["lr"]),
@@ -265,18 +309,8 @@ class HomotopySGD(torch.optim.Optimizer):
                 bool(g["nesterov"]),
                 g["mode"],
             )
-            for g in self.param_groups
+            for g in ({**group, **changed} for group in self.param_groups)
         )
-        if settings != self._known:
-            for group in self.param_groups:
-                check_L(group["L"], group["mode"])
-            rows = [step_coefficients(*setting) for setting in settings]
-            device = self.replicas.params.device
-            self._hyper = torch.tensor([row[0] for row in rows], dtype=torch.float64, device=device)
-            self._tables = torch.tensor([row[1] for row in rows], dtype=torch.float64, device=device)
-            self._known = settings
-            self._warn_if_unstable(settings)
-        return any(setting[2] for setting in settings)
 
     def _warn_if_unstable(self, settings: tuple[tuple[Any, ...], ...]) -> None:
         for L, lr, momentum, _, nesterov, mode in settings:

@@ -96,7 +96,7 @@ class Partition:
             channel_dim = 1 if owner.transposed else 0
             channels = p.shape[channel_dim]
             shape = [channels if d == channel_dim else 1 for d in range(p.dim())]
-            return (1 + (torch.arange(channels) >= channels // 2).byte()).view(shape)
+            return (1 + (torch.arange(channels, device="cpu") >= channels // 2).byte()).view(shape)
 
         return cls._label(model, label, part, "conv_halves", "convolution")
 
@@ -109,7 +109,7 @@ class Partition:
         def label(name: str, owner: nn.Module, p: Tensor) -> Tensor | None:
             if not isinstance(owner, nn.Linear) or p.dim() < 2:
                 return None
-            return torch.tensor(1 if id(owner) in first else 2, dtype=torch.uint8)
+            return torch.tensor(1 if id(owner) in first else 2, dtype=torch.uint8, device="cpu")
 
         return cls._label(model, label, part, "layer_halves", "fully connected layer")
 
@@ -134,7 +134,7 @@ class Partition:
             if w.dim() < 2:
                 return None
             shape = w.shape if by == "element" else (len(w), *[1] * (w.dim() - 1))
-            return 2 - (torch.rand(shape, generator=generator) < p).byte()
+            return 2 - (torch.rand(shape, generator=generator, device="cpu") < p).byte()
 
         return cls._label(model, label, part, "random", "weight of two or more dimensions")
 
@@ -179,8 +179,8 @@ class Partition:
         """Asks `label` for each trainable parameter; None is 0 throughout. `wanted` names what there must be one of."""
         layout = Layout.of(model)
         inside = _part(model, part)
-        flat = torch.zeros(layout.numel, dtype=torch.uint8)
-        parameters, owners, found = trainable(model), _owners(model), False
+        flat = torch.zeros(layout.numel, dtype=torch.uint8, device="cpu")
+        parameters, owners, found = trainable(model), owners_of(model), False
         for i, (name, view) in enumerate(zip(layout.names, layout.views(flat), strict=True)):
             parameter = parameters[name]
             labels = label(name, owners[id(parameter)], parameter.detach()) if inside(name) else None
@@ -257,7 +257,7 @@ class Partition:
         return f"Partition({self.numel:,} elements, {len(self.codes):,} tiles, {mixed:,} of them mixed)"
 
 
-def _owners(model: nn.Module) -> dict[int, nn.Module]:
+def owners_of(model: nn.Module) -> dict[int, nn.Module]:
     """The first module that holds each parameter, by the parameter's id."""
     owners: dict[int, nn.Module] = {}
     for module in model.modules():
@@ -274,7 +274,7 @@ def _part(model: nn.Module, part: Part | None) -> Callable[[str], bool]:
     kinds: dict[str, type] = {"conv": nn.modules.conv._ConvNd, "classifier": nn.Linear}
     if part not in kinds:
         raise ValueError(f"part must be one of {', '.join(kinds)}, or a function of a name, got {part!r}")
-    owners = _owners(model)
+    owners = owners_of(model)
     inside: Iterable[str] = {n for n, p in trainable(model).items() if isinstance(owners[id(p)], kinds[part])}
     return lambda name: name in inside
 

@@ -55,7 +55,9 @@ def step_(theta, eta, grad_theta, grad_eta, momentum_theta, momentum_eta, low_th
         (*copies, grad_theta, momentum_theta, anchored[0]),
         (*copies[::-1], grad_eta, momentum_eta, anchored[1]),
     ):
-        g = g.to(work) * scale + weight_decay * x + (pull * (feels * (x - reached)) + couple * (x - other))  # equation (7)
+        g = (
+            g.to(work) * scale + weight_decay * x + (pull * (feels * (x - reached)) + couple * (x - other))
+        )  # equation (7)
         if v is None:
             proposals.append(x - lr_grad * g)
         else:
@@ -69,7 +71,7 @@ def step_(theta, eta, grad_theta, grad_eta, momentum_theta, momentum_eta, low_th
         old, buffers = [*old, low_theta, low_eta], [*buffers, *new]
     for was, now in zip(old, new + buffers, strict=True):
         was.copy_(torch.where(skip, was, now.to(was.dtype)))
-    sums = torch.stack([*squares(*new, anchor, anchored), (~finite).double()])
+    sums = torch.stack([*squares(new[0], new[1], anchor, anchored), (~finite).double()])
     sums = torch.where(skip, torch.cat([stats[:2], torch.ones_like(stats[:1])]), sums)
     stats.copy_(torch.cat([sums, stats[3:] + skip]))
 

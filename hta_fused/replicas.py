@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from .partition import Layout, Partition, trainable
+from .partition import Layout, Partition, owners_of, trainable
+
+_LOW = (torch.float16, torch.bfloat16)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 class Replicas:
@@ -32,16 +35,21 @@ class Replicas:
         anchor: θ̃: "init" (the parameters as they are now), "zero", "random" (a fresh initialisation), a flat
             tensor in `layout`'s order, or a state_dict.
         eta: "copy" (η starts equal to θ), "independent" (a fresh initialisation), or a module to be η.
+        compute_dtype: torch.bfloat16 or torch.float16: the modules' parameters are copies in this dtype of float32
+            masters, brought up to date by the optimizer's step, so that autocast has nothing left to cast. Those of
+            normalisation layers stay float32. All gradients are kept in this dtype. The masters are what
+            `state_dict`, `merge` and the optimizer work with.
 
     Attributes:
         theta, eta: the two modules.
         params, grads: [2, N] buffers, row 0 θ's, row 1 η's.
+        low: [2, N] in compute_dtype, or None.
         anchor: [N], or None for zero.
         layout, partition: where each parameter lies, and each element's label.
 
     Raises:
         ValueError: an unknown name, a partition or anchor that does not match the model, nothing to train.
-        TypeError: trainable parameters of several dtypes or devices.
+        TypeError: trainable parameters of several dtypes or devices, or a compute_dtype beside others than float32.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class Replicas:
         partition: str | Partition | Mapping[str, Tensor | int] = "conv_halves",
         anchor: str | Tensor | Mapping[str, Tensor] = "init",
         eta: str | nn.Module = "copy",
+        compute_dtype: torch.dtype | None = None,
     ):
         first = trainable(model)
         if not first:
@@ -59,6 +68,12 @@ class Replicas:
             found = ", ".join(f"{dtype} on {device}" for dtype, device in sorted(kinds, key=str))
             raise TypeError(f"model's trainable parameters must share one dtype and device, got {found}")
         dtype, device = kinds.pop()
+        if compute_dtype == dtype:
+            compute_dtype = None
+        if compute_dtype is not None and (compute_dtype not in _LOW or dtype != torch.float32):
+            raise TypeError(
+                f"compute_dtype must be bfloat16 or float16 beside float32, got {compute_dtype} for {dtype}"
+            )
 
         self.layout = Layout.of(model)
         self.partition = Partition.make(model, partition).to(device)
@@ -78,17 +93,23 @@ class Replicas:
         self.anchor = self._anchor(anchor, dtype, device)
 
         self.params = torch.zeros(2, self.layout.numel, dtype=dtype, device=device)
-        self.grads = torch.zeros_like(self.params)
+        self.low = None if compute_dtype is None else torch.zeros_like(self.params, dtype=compute_dtype)
+        self.grads = torch.zeros_like(self.params, dtype=compute_dtype)
         self.parameters: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
         self._grad_views: tuple[list[Tensor], list[Tensor]] = ([], [])
+        owners = owners_of(model)
+        norms = [isinstance(owners[id(first[name])], _NORMS) for name in self.layout.names]
         for row, net in enumerate(self):
             by_name = trainable(net)
             self.parameters[row].extend(by_name[name] for name in self.layout.names)
             self._grad_views[row].extend(self.layout.views(self.grads[row]))
-            for parameter, view in zip(self.parameters[row], self.layout.views(self.params[row]), strict=True):
+            lows = None if self.low is None else self.layout.views(self.low[row])
+            for i, (parameter, view) in enumerate(zip(self.parameters[row], self._masters(row), strict=True)):
                 view.copy_(parameter.detach())
-                parameter.data = view
+                parameter.grad = None  # of the old dtype
+                parameter.data = view if lows is None or norms[i] else lows[i].copy_(view)
         self._addresses = [[p.data_ptr() for p in row] for row in self.parameters]
+        self._side: torch.cuda.Stream | None = None
         self.zero_grad()
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -108,22 +129,37 @@ class Replicas:
         return fn(self.theta, *theta_args) + fn(self.eta, *eta_args)
 
     def backward(
-        self, fn: Callable[..., Tensor], *batches: Any, scale: Callable[[Tensor], Tensor] = lambda loss: loss
+        self,
+        fn: Callable[..., Tensor],
+        *batches: Any,
+        scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+        beside: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """`loss(fn, *batches).backward()` in half the memory: one copy's graph is gone before the other's is built.
 
         Args:
             fn, batches: as in `loss`.
             scale: applied to each loss before its backward(), such as a GradScaler's `scale`.
+            beside: on a GPU, run η's pass on a stream of its own beside θ's: one copy's kernels fill what the other's
+                leave idle, and both graphs are in memory at once.
 
         Returns:
             f(θ) and f(η), detached and not scaled.
         """
         losses = []
-        for net, args in zip(self, self._arguments(batches), strict=True):
-            value = fn(net, *args)
-            scale(value).backward()
-            losses.append(value.detach())
+        side = main = None
+        if beside and self.params.is_cuda:
+            if self._side is None:
+                self._side = torch.cuda.Stream(self.params.device)
+            side, main = self._side, torch.cuda.current_stream(self.params.device)
+            side.wait_stream(main)  # before θ's work is queued: η's need not wait for it
+        for net, args, stream in zip(self, self._arguments(batches), (None, side), strict=True):
+            with torch.cuda.stream(stream):  # None changes nothing
+                value = fn(net, *args)
+                scale(value).backward()
+                losses.append(value.detach())
+        if main is not None and side is not None:
+            main.wait_stream(side)
         return losses[0], losses[1]
 
     def zero_grad(self) -> None:
@@ -131,7 +167,9 @@ class Replicas:
         self.grads.zero_()
         for parameters, views in zip(self.parameters, self._grad_views, strict=True):
             for parameter, view in zip(parameters, views, strict=True):
-                if parameter.grad is not view:
+                if parameter.dtype != view.dtype:  # a float32 parameter among low ones: collect_grads() casts
+                    parameter.grad = None
+                elif parameter.grad is not view:
                     parameter.grad = view
 
     def collect_grads(self) -> None:
@@ -140,6 +178,7 @@ class Replicas:
         Raises:
             RuntimeError: a parameter was moved out of the buffer, by `model.to(...)` for example.
         """
+        views_of_others, others = [], []
         for row, (parameters, views) in enumerate(zip(self.parameters, self._grad_views, strict=True)):
             for i, (parameter, view) in enumerate(zip(parameters, views, strict=True)):
                 if parameter.data_ptr() != self._addresses[row][i]:
@@ -147,12 +186,44 @@ class Replicas:
                         f"parameter {self.layout.names[i]!r} of {('theta', 'eta')[row]} no longer lies in the flat buffer; "
                         "change a model's device, dtype or memory format before making its Replicas"
                     )
-                if parameter.grad is not view:
-                    if parameter.grad is None:
-                        view.zero_()
-                    else:
-                        view.copy_(parameter.grad)
+                if parameter.grad is view:
+                    continue
+                if parameter.grad is None:
+                    view.zero_()
+                else:
+                    views_of_others.append(view)
+                    others.append(parameter.grad)
+                if parameter.dtype == view.dtype:
                     parameter.grad = view
+        if others:
+            torch._foreach_copy_(views_of_others, others)
+
+    # ---------------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Both modules' state_dicts, as "theta" and "eta"; with a compute_dtype, of the float32 masters."""
+        states = {}
+        for row, (key, net) in enumerate(zip(("theta", "eta"), self, strict=True)):
+            masters = {id(p): m for p, m in zip(self.parameters[row], self._masters(row), strict=True)}
+            # keep_vars: the parameters themselves, tied ones under each of their names
+            states[key] = {
+                name: masters.get(id(value), value).detach() if isinstance(value, Tensor) else value
+                for name, value in net.state_dict(keep_vars=True).items()
+            }
+        return states
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """The inverse of `state_dict`.
+
+        Raises:
+            RuntimeError: names or shapes differ, as nn.Module.load_state_dict.
+        """
+        for row, (key, net) in enumerate(zip(("theta", "eta"), self, strict=True)):
+            net.load_state_dict(state[key])
+            names = {id(p): name for name, p in net.named_parameters()}
+            for parameter, master in zip(self.parameters[row], self._masters(row), strict=True):
+                master.copy_(state[key][names[id(parameter)]])
 
     # -------------------------------------------------------------------------------------------------------- results
 
@@ -171,7 +242,8 @@ class Replicas:
         merged = copy.deepcopy(self.theta)
         mean = self.layout.views(self.params.mean(0))
         for parameter, view in zip((trainable(merged)[n] for n in self.layout.names), mean, strict=True):
-            parameter.copy_(view)
+            parameter.grad = None  # a copy of theta's, of no use
+            parameter.data = view.clone()
         for buffer, other in zip(merged.buffers(), self.eta.buffers(), strict=True):
             if buffer.is_floating_point():
                 buffer.lerp_(other, 0.5)
@@ -180,6 +252,10 @@ class Replicas:
         return merged
 
     # -------------------------------------------------------------------------------------------------------- private
+
+    def _masters(self, row: int) -> list[Tensor]:
+        """One copy's parameters in full precision."""
+        return self.layout.views(self.params[row])
 
     def _arguments(self, batches: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         if len(batches) > 2:

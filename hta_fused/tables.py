@@ -33,7 +33,7 @@ def implicit(L: float, lr: float, anchored: Sequence[Sequence[bool]] = ANCHORED)
     """
     check_L(L, "implicit")
     check_hyper(lr, 0.0, 0.0, False)
-    return torch.tensor([_table(float(L), float(lr), row) for row in anchored], dtype=torch.float64)
+    return torch.tensor([_table(float(L), float(lr), row) for row in anchored], dtype=torch.float64, device="cpu")
 
 
 def check_L(L: float, mode: str) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import data
 from . import schedule as schedules
+from .graphs import Graphed
 from .optim import HomotopySGD
 from .partition import BY_NAME
 from .replicas import Replicas
@@ -95,12 +96,15 @@ class Settings:
     batch_size: int = 64
     """Images in a batch; both copies see the same batch."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: forward and backward under autocast; parameters stay float32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16, fp16: forward and backward under autocast, on float32 parameters; fp16 with a scaled loss. On a GPU HTA's
+    step writes the copy of the parameters that the next forward uses."""
     channels_last: bool = False
     """Keep images and kernels in channels-last order."""
     device: str = "auto"
     """"cpu", "cuda", or "auto"."""
+    graph: bool = True
+    """On a GPU, capture the training step in a CUDA graph."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     seed: int = 0
@@ -201,6 +205,9 @@ def jobs(settings: Settings) -> list[Job]:
     return [Job(*kind, seed) for seed in range(settings.seed, settings.seed + settings.seeds) for kind in kinds]
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @dataclass
 class Run:
     """The state of one job in training: the networks, their optimizer, and how far it has come."""
@@ -208,28 +215,39 @@ class Run:
     settings: Settings
     job: Job
     batches: data.Batches
+    report: Callable[[str], None] = print
     epoch: int = 0
     batch: int = 0
-    losses: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # of θ, of η, images so far
     replicas: Replicas | None = None  # while there are two copies
+    losses: Tensor = field(init=False)  # of θ, of η, images so far
     model: nn.Module = field(init=False)  # θ, or the only copy
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
         s = self.settings
         torch.manual_seed(self.job.seed)
-        self.model = in_layout(vgg(s).to(resolve_device(s.device)), s.layout)
+        device = resolve_device(s.device)
+        self.losses = torch.zeros(3, dtype=torch.float64, device=device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16")
+        self.captures = can_capture(s, device)
+        self.model = in_layout(vgg(s).to(device), s.layout)
         if self.job.method == "hta":
             part = None if s.part == "all" else s.part
-            self.replicas = Replicas(self.model, BY_NAME[s.partition](self.model, part), s.anchor, s.eta)
-            self.optimizer = HomotopySGD(self.replicas, s.lr, s.momentum, s.weight_decay, L=s.homotopy(0), mode=s.mode)
+            low = PRECISIONS[s.precision] if device.type == "cuda" else None
+            partition = BY_NAME[s.partition](self.model, part)
+            self.replicas = Replicas(self.model, partition, s.anchor, s.eta, compute_dtype=low)
+            self.optimizer = HomotopySGD(
+                self.replicas, s.lr, s.momentum, s.weight_decay, L=s.homotopy(0), mode=s.mode, capturable=self.captures
+            )
         else:
             self.optimizer = self._sgd()
+        self._forget_graph()
 
     def _sgd(self) -> torch.optim.SGD:
         s = self.settings
+        lr = torch.tensor(s.lr, device=self.losses.device) if self.captures else s.lr  # a graph reads it there
         return torch.optim.SGD(
-            self.model.parameters(), s.lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
+            self.model.parameters(), lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
         )
 
     @property
@@ -241,47 +259,110 @@ class Run:
         """The homotopy parameter of this epoch; 0 once there is one copy."""
         return 0.0 if self.replicas is None else self.settings.homotopy(self.epoch)
 
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next batch."""
+        return self._lr_at(self.batch)
+
+    def _lr_at(self, batch: int) -> float:
+        return self.settings.lr_at(self.epoch + batch / len(self.batches), self.job.epochs)
+
     def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+        with self._autocast():
             return F.cross_entropy(net(images), labels)
 
-    def step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """One batch: forward and backward of every copy, and the update."""
-        s = self.settings
-        lr = s.lr_at(self.epoch + self.batch / len(self.batches), self.job.epochs)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def step(self, size: int) -> None:
+        """One batch: forward and backward of every copy, and the update. Waits for nothing, so that it can be captured."""
+        batch = self.batches.next(size)
         self.optimizer.zero_grad()
         if self.replicas is None:
             loss = self.loss(self.model, batch)
-            loss.backward()
+            self.scaler.scale(loss).backward()
             losses = [loss.detach(), loss.detach()]
         else:
-            losses = list(self.replicas.backward(self.loss, batch))
-        self.optimizer.step()
-        n = len(batch[1])
-        self.losses += torch.stack([n * losses[0], n * losses[1], torch.tensor(n)]).cpu()
-        self.batch += 1
+            losses = list(self.replicas.backward(self.loss, batch, scale=self.scaler.scale, beside=self.captures))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.losses[:2] += size * torch.stack(losses)
+        self.losses[2] += size
 
-    def train_epoch(self, on_batch: Callable[[], bool]) -> bool:
-        """The rest of this epoch's batches. False if `on_batch` asked to stop."""
+    def start_epoch(self) -> None:
+        """Makes this epoch's next batch, its L and its learning rates ready."""
         if isinstance(self.optimizer, HomotopySGD):
             self.optimizer.L = self.L
         for net in self.copies:
             net.train()
-        for batch in self.batches.epoch(self.epoch, self.batch):
-            self.step(batch)
+        self.batches.begin(self.epoch, self.batch)
+        if self.graphed is not None:
+            self._plan()
+
+    def train_epoch(self, on_batch: Callable[[], bool]) -> bool:
+        """The rest of this epoch's batches. False if `on_batch` asked to stop."""
+        self.start_epoch()
+        while self.batch < len(self.batches):
+            self.advance()
             if on_batch():
                 return False
+        if self.losses.is_cuda:
+            torch.cuda.synchronize()  # so that the epoch's time is its own
         return True
+
+    # ------------------------------------------------------------------------------------------------ the CUDA graph
+
+    def advance(self) -> None:
+        """The next batch, through the graph if there is one and the batch is a whole one."""
+        size = self.batches.size(self.batch)
+        if self.graphed is None:
+            self._set_lr()
+            self.step(size)
+        elif size == self.settings.batch_size:
+            self.graphed(self._planned_step)
+        else:
+            self.graphed.as_it_is(lambda: self._planned_step(size))
+        self.batch += 1
+
+    def _planned_step(self, size: int | None = None) -> None:
+        """A step whose learning rate the plan holds; a whole batch by default."""
+        self._target.copy_(self._schedule.index_select(0, self._next)[0])
+        self._next += 1
+        self.step(self.settings.batch_size if size is None else size)
+
+    def _forget_graph(self) -> None:
+        """To be called where the networks or the optimizer are new."""
+        self.graphed = self._graphed() if self.captures else None
+        if self.captures:
+            own = isinstance(self.optimizer, HomotopySGD)
+            self._target = self.optimizer.coefficients if own else self.optimizer.param_groups[0]["lr"].view(1)  # type: ignore[attr-defined]
+            self._schedule = self._target.new_zeros(len(self.batches), len(self._target))
+            self._next = torch.zeros(1, dtype=torch.int64, device=self._target.device)
+
+    def _graphed(self) -> Graphed:
+        return Graphed(self.losses.device, lambda why: self.report(f"{self.job.name}: {why}"))
+
+    def _plan(self) -> None:
+        """Puts what the learning rate decides, for each batch of the epoch, on the device: a graph cannot ask the host."""
+        rates = [self._lr_at(batch) for batch in range(len(self.batches))]
+        if isinstance(self.optimizer, HomotopySGD):
+            rows = torch.stack([self.optimizer.coefficients_at(lr=lr) for lr in rates])
+        else:
+            rows = torch.tensor(rates, device="cpu")[:, None]
+        self._schedule.copy_(rows)
+        self._next.fill_(self.batch)
+
+    def _set_lr(self) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self.lr)
+            else:
+                group["lr"] = self.lr
 
     def end_epoch(self, seconds: float) -> dict[str, Any]:
         """Measures, moves on to the next epoch, and merges the copies when their schedule is over."""
         images = int(self.losses[2])
         row: dict[str, Any] = {
             "run": self.job.label, "seed": self.job.seed, "epoch": self.epoch + 1, "copies": len(self.copies),
-            "L": self.L, "lr": self.optimizer.param_groups[0]["lr"],
+            "L": self.L, "lr": self._lr_at(len(self.batches) - 1),
             "train_loss_theta": float(self.losses[0] / images), "train_loss_eta": float(self.losses[1] / images),
         }  # fmt: skip
         row["test_loss_theta"], row["test_accuracy_theta"] = self.evaluate(self.model)
@@ -317,10 +398,11 @@ class Run:
         self.optimizer, self.replicas = self._sgd(), None
         own = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": state["state"], "param_groups": own["param_groups"]})
+        self._forget_graph()
 
     def _autocast(self) -> torch.autocast:
-        device = next(self.model.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.settings.precision == "bf16")
+        precision = self.settings.precision
+        return torch.autocast(self.losses.device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
     def evaluate(self, net: nn.Module) -> tuple[float, float]:
         """Loss and accuracy (in %) on the test set."""
@@ -329,23 +411,40 @@ class Run:
 
     # A checkpoint's tensors are the run's own: whoever saves them does so at once.
     def state(self) -> dict[str, Any]:
+        copies = self.replicas.state_dict() if self.replicas is not None else {"model": self.model.state_dict()}
         return {
             "epoch": self.epoch,
             "batch": self.batch,
             "losses": self.losses,
             "random": torch.get_rng_state(),
-            "networks": [net.state_dict() for net in self.copies],
+            "random_cuda": torch.cuda.get_rng_state() if self.losses.is_cuda else None,
+            "networks": copies,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if self.replicas is not None and len(state["networks"]) == 1:  # it was saved after the merge
+        if self.replicas is not None and "model" in state["networks"]:  # it was saved after the merge
             self.replicas, self.optimizer = None, self._sgd()
-        self.epoch, self.batch, self.losses = state["epoch"], state["batch"], state["losses"]
-        for net, saved in zip(self.copies, state["networks"], strict=True):
-            net.load_state_dict(saved)
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.losses.copy_(state["losses"])
+        if self.replicas is None:
+            self.model.load_state_dict(state["networks"]["model"])
+        else:
+            self.replicas.load_state_dict(state["networks"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            if self.captures and not isinstance(self.optimizer, HomotopySGD):
+                group["lr"] = torch.as_tensor(group["lr"]).to(self.losses.device)
+        self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
+        if self.losses.is_cuda and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"])
+        self._forget_graph()
+
+
+def can_capture(settings: Settings, device: torch.device) -> bool:
+    return settings.graph and device.type == "cuda"
 
 
 def vgg(settings: Settings) -> VGG:
@@ -365,12 +464,13 @@ def evaluate(net: nn.Module, batches: data.Batches) -> tuple[float, float]:
     """Mean cross-entropy and accuracy (in %) of a network on the test set."""
     was_training = net.training
     net.eval()
-    loss = right = 0.0
+    sums = []
     for images, labels in batches.plain("test"):
         logits = net(images).float()
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        right += (logits.argmax(1) == labels).sum().item()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums.append(torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()]))
     net.train(was_training)
+    loss, right = torch.stack(sums).sum(0).tolist()
     count = len(batches.images.test)
     return loss / count, 100 * right / count
 
@@ -430,7 +530,7 @@ class Trainer:
         """Runs what is left. False if it was asked to stop before the end; then a checkpoint holds all there is."""
         while self.done < len(self.jobs):
             job = self.jobs[self.done]
-            run = Run(self.settings, job, self._batches(job))
+            run = Run(self.settings, job, self._batches(job), self.report)
             if self._saved_run is not None:
                 run.load_state(self._saved_run)
                 self._saved_run = None
@@ -448,7 +548,10 @@ class Trainer:
 
     def _batches(self, job: Job) -> data.Batches:
         s = self.settings
-        return data.Batches(self.images, s.batch_size, job.seed, resolve_device(s.device), s.layout)
+        device = resolve_device(s.device)
+        # On the CPU autocast casts; a GPU's kernel writes what the network computes in.
+        dtype = PRECISIONS[s.precision] if device.type == "cuda" else torch.float32
+        return data.Batches(self.images, s.batch_size, job.seed, device, s.layout, dtype)
 
     def _epoch(self, run: Run) -> bool:
         total, start, already = len(run.batches), time.perf_counter(), run.losses[2].item()

@@ -6,13 +6,23 @@ import random
 import pytest
 import torch
 
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import emulation
+
 import hta_fused as hta
+from hta_fused import nvrtc_ops
 
 # Around the tile of 1024 elements and the chunk of 16 tiles, and one that no lane width divides.
 SIZES = (0, 1, 7, 1023, 1024, 1025, 16 * 1024, 16 * 1024 + 1, 1_000_003)
 DTYPES = (torch.float32, torch.float64)
 LABELS = ("none", "bytes", "structural", "mixed", "random")
 AVAILABLE = [name for name, state in hta.backends().items() if state.startswith("available")]
+if not GPU and emulation.COMPILER:
+    AVAILABLE.append("nvrtc")
+GPU_BACKENDS = [name for name in AVAILABLE if name in ("cuda", "triton", "nvrtc")]
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +35,29 @@ def seed():
 
 
 @pytest.fixture(params=AVAILABLE)
-def backend(request):
+def backend(request, monkeypatch):
+    """Each backend in turn. Where there is no GPU, its kernels run on the CPU: Triton's in the interpreter, the CUDA
+    source in an emulator. Where there is one, the tensors that a test makes are on it."""
+    if request.param in GPU_BACKENDS and GPU:
+        torch.set_default_device("cuda")
+    elif request.param == "nvrtc":
+        monkeypatch.setattr(nvrtc_ops, "launch", emulation.launch)
+        monkeypatch.setattr(nvrtc_ops, "why_not", lambda device: "")
     hta.use_backend(request.param)
     yield request.param
     hta.use_backend(None)
+    torch.set_default_device(None)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Triton's interpreter takes a second for 30,000 elements: it is spared the largest size, and near duplicates."""
+
+    def slow(item) -> bool:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        return not GPU and values.get("backend") == "triton" and values.get("n") in (7, 1023, 16 * 1024, 1_000_003)
+
+    config.hook.pytest_deselected(items=[item for item in items if slow(item)])
+    items[:] = [item for item in items if not slow(item)]
 
 
 def pattern(kind: str, n: int):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hta_fused_bench import cli, measure, rivals, workloads
+from hta_fused_bench import cli, gpu, measure, rivals, workloads
 
 
 @pytest.mark.parametrize("what", ["ops", "step", "scaling", "train"])
@@ -71,3 +71,25 @@ def test_a_line_fits_a_line():
 def test_nonsense_is_answered_in_a_line(argv, message):
     with pytest.raises(SystemExit, match=message):
         cli.main(argv)
+
+
+def test_the_gpu_command_says_so_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="sees no CUDA device"):
+        gpu.main([])
+
+
+def test_dram_bytes_are_read_from_nsight_computes_table():
+    header = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+    rows = '"0","7","step_kernel","dram__bytes_read.sum","Gbyte","4.2"\n"0","7","step_kernel","dram__bytes_write.sum","Mbyte","2,400.5"\n'
+    assert gpu.dram_bytes("==PROF== Connected\n" + header + rows) == pytest.approx(6.6005e9)
+    assert gpu.dram_bytes("==ERROR== no counters") != gpu.dram_bytes("")  # NaN both
+
+
+def test_the_usual_scripts_images_are_those_of_ours_but_for_their_luck():
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
+    image, label = gpu.UsualDataset(images, torch.arange(4), mean, std)[2]
+    assert image.shape == (3, 32, 32)
+    assert label == 2
+    assert image.min() >= ((0 - mean) / std).min()

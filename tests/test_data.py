@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hta_fused import data
+from hta_fused import data, ops
 
 RECORDS = 20
 
@@ -165,14 +165,31 @@ def test_batches_follow_from_seed_and_epoch():
     assert sorted(torch.cat([y for _, y in first]).tolist()) == sorted(images.train_labels.tolist())
 
 
-def test_augment_crops_and_mirrors():
-    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    offsets = torch.tensor([[4, 0, 8], [4, 4, 1]])
-    result = data.augment(images, offsets, torch.tensor([False, False, True]))
-    assert torch.equal(result[0], images[0])
-    assert torch.equal(result[1, :, 4:], images[1, :, :-4])
-    assert not result[1, :, :4].any()
-    assert torch.equal(result[2].flip(-1)[:, :28, 3:], images[2, :, 4:, :29])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_batch_is_shuffled_cropped_mirrored_and_normalised(backend, layout, dtype):
+    if backend == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("on the CPU batches are float32")
+    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.arange(7) + 10
+    order = torch.tensor([6, 2, 0, 5, 1])
+    offsets = torch.tensor([[0, 4, 0, 8, 8], [0, 4, 4, 1, 0]])
+    mirrored = torch.tensor([False, False, False, True, False])
+    scale, shift = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([-1.0, 0.0, 3.0])
+    out = torch.empty(3, 3, 32, 32, dtype=dtype).to(memory_format=layout)
+    out_labels = torch.empty(3, dtype=torch.int64)
+    # The three in the middle of the order: image 2 as it is, image 0 four rows down, image 5 up, left and mirrored.
+    arguments = out_labels, images, labels, order, offsets, mirrored, scale, shift, torch.tensor(1), 4
+    ops.batch_(out, *arguments)
+    wanted = torch.zeros(3, 3, 32, 32)
+    wanted[0] = images[2]
+    wanted[1, :, 4:] = images[0, :, :28]
+    wanted[2, :, :28, 3:] = images[5, :, 4:, :29].float()
+    wanted[2] = wanted[2].flip(-1)
+    wanted = (wanted * scale.view(3, 1, 1) + shift.view(3, 1, 1)).to(dtype)
+    assert out_labels.tolist() == [12, 10, 15]
+    assert out.is_contiguous(memory_format=layout)
+    assert torch.allclose(out.float(), wanted.float(), rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -364,7 +364,23 @@ def op_arguments(dtype=torch.float32, n=2100):
     theta, eta, g_theta, g_eta, v_theta, v_eta, anchor = buffers(n, dtype)
     pattern_ = (anchor, labels.codes, labels.labels)
     return {
-        "step_": (theta, eta, g_theta, g_eta, v_theta, v_eta, *pattern_, hyper, tables, None, None, stats, True),
+        "step_": (
+            theta,
+            eta,
+            g_theta,
+            g_eta,
+            v_theta,
+            v_eta,
+            None,
+            None,
+            *pattern_,
+            hyper,
+            tables,
+            None,
+            None,
+            stats,
+            True,
+        ),
         "penalty": (theta, eta, *pattern_, 0.1),
         "penalty_accumulate_": (g_theta, g_eta, theta, eta, *pattern_, 0.1),
     }
@@ -373,19 +389,23 @@ def op_arguments(dtype=torch.float32, n=2100):
 @needs_extension
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["step_", "penalty", "penalty_accumulate_"])
-def test_opcheck(name, dtype):
+def test_opcheck(backend, name, dtype):
+    if backend == "reference":
+        pytest.skip("plain functions")
     arguments = op_arguments(dtype)[name]
     if name == "penalty":
         arguments = (arguments[0].requires_grad_(), arguments[1].requires_grad_(), *arguments[2:])
-    torch.library.opcheck(getattr(torch.ops.hta_fused, name).default, arguments)
+    torch.library.opcheck(getattr(ops.kernels(arguments[0]), name), arguments)
 
 
 @needs_extension
-@pytest.mark.parametrize(("name", "written"), [("step_", [0, 1, 4, 5, 13]), ("penalty_accumulate_", [0, 1])])
-def test_ops_move_version_counters(name, written):
+@pytest.mark.parametrize(("name", "written"), [("step_", [0, 1, 4, 5, 15]), ("penalty_accumulate_", [0, 1])])
+def test_ops_move_version_counters(backend, name, written):
+    if backend == "reference":
+        pytest.skip("plain functions")
     arguments = op_arguments()[name]
     before = [a._version if isinstance(a, torch.Tensor) else None for a in arguments]
-    getattr(torch.ops.hta_fused, name)(*arguments)
+    getattr(ops.kernels(arguments[0]), name)(*arguments)
     assert [
         i for i, (a, v) in enumerate(zip(arguments, before, strict=True)) if v is not None and a._version > v
     ] == written
@@ -402,7 +422,9 @@ def test_backward_through_an_overwritten_tensor_is_an_error(backend):
 
 @needs_extension
 @pytest.mark.parametrize("kind", ["none", "bytes", "mixed"])
-def test_compile_without_a_graph_break(kind):
+def test_compile_without_a_graph_break(backend, kind):
+    if backend == "reference":
+        pytest.skip("not opaque to the compiler")
     torch.compiler.reset()  # the limit on recompilations is per function, not per test
     labels, _ = pattern(kind, 3000)
 
@@ -472,6 +494,8 @@ BAD = [
     ("tables", torch.zeros(3, 2, 3), ValueError, "tables stands in place of L"),
     ("stats", torch.zeros(3), ValueError, "stats must be contiguous float64"),
     ("grad_scale", 0.0, ValueError, "grad_scale must be positive"),
+    ("grad_theta", torch.randn(10).half(), TypeError, "grad_eta must have dtype torch.float16, got torch.float32"),
+    ("low_theta", torch.randn(10), ValueError, "low_theta and low_eta must both be tensors"),
 ]  # fmt: skip
 
 
@@ -501,17 +525,17 @@ def test_explicit_mode_needs_a_finite_positive_L(L):
 def test_direct_calls_of_the_ops_are_kept_inside_their_buffers():
     arguments = list(op_arguments()["step_"])
     arguments[1] = arguments[1][:5]
-    with pytest.raises(RuntimeError, match="eta must be a contiguous CPU tensor"):
+    with pytest.raises(RuntimeError, match="eta must be a contiguous tensor of the op's dtype and device"):
         torch.ops.hta_fused.step_(*arguments)
     arguments = list(op_arguments()["step_"])
-    arguments[7] = arguments[7].clone()
-    arguments[7][0, 1] = 77
+    arguments[9] = arguments[9].clone()
+    arguments[9][0, 1] = 77
     with pytest.raises(RuntimeError, match="codes of tile 0"):
         torch.ops.hta_fused.step_(*arguments)
 
 
 def test_unknown_backends_are_refused():
-    with pytest.raises(ValueError, match="backend must be one of cpu, reference, got 'tpu'"):
+    with pytest.raises(ValueError, match="backend must be one of cpu, cuda, triton, nvrtc, reference, got 'tpu'"):
         hta.use_backend("tpu")
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hta_fused import Layout, Partition
+import hta_fused as hta
+from hta_fused import Layout, Partition, data
 from hta_fused.vgg import VGG
 
 
@@ -136,3 +137,19 @@ def test_a_layout_keeps_memory_formats_and_aligns_parameters():
 def test_nonsense_is_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_nothing_depends_on_the_default_device():
+    """A user's torch.set_default_device("cuda") must not scatter the pieces; "meta" stands in for it here."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    torch.set_default_device("meta")
+    try:
+        for maker in (hta.Partition.conv_halves, hta.Partition.layer_halves, hta.Partition.random):
+            assert maker(model).codes.device.type == "cpu"
+        assert hta.tables.implicit(0.1, 0.1).device.type == "cpu"
+        hta.HomotopySGD(hta.Replicas(model), 0.1, 0.9).step()
+        images = data.synthetic(20, 10)
+        for x, _ in data.Batches(images, 8).epoch(0):
+            assert x.isfinite().all()
+    finally:
+        torch.set_default_device(None)
