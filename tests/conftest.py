@@ -50,11 +50,17 @@ def backend(request, monkeypatch):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Triton's interpreter takes a second for 30,000 elements: it is spared the largest size, and near duplicates."""
+    """Triton's interpreter takes a second for 30,000 elements, the emulator for a million: they are spared the largest
+    size and near duplicates."""
 
     def slow(item) -> bool:
         values = item.callspec.params if hasattr(item, "callspec") else {}
-        return not GPU and values.get("backend") == "triton" and values.get("n") in (7, 1023, 16 * 1024, 1_000_003)
+        n, backend = values.get("n"), values.get("backend")
+        if GPU or backend not in ("triton", "nvrtc"):
+            return False
+        if backend == "triton":
+            return n in (7, 1023, 16 * 1024, 1_000_003)
+        return n == 1_000_003 and values.get("kind") != "mixed"
 
     config.hook.pytest_deselected(items=[item for item in items if slow(item)])
     items[:] = [item for item in items if not slow(item)]

@@ -88,7 +88,8 @@ def install_and_smoke(wheel: Path, folder: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(not hta.backends()["cpu"].startswith("available"), reason="no C++ compiler")
 def test_the_wheel_works_in_another_environment(source, tmp_path):
-    wheel, _ = build_wheel(source, tmp_path / "dist")
+    # One target where there is an nvcc: seven take a minute.
+    wheel, _ = build_wheel(source, tmp_path / "dist", TORCH_CUDA_ARCH_LIST="9.0")
     assert "abi3" in wheel.name
     done = install_and_smoke(wheel, tmp_path / "env")
     assert done.returncode == 0, done.stderr
@@ -103,3 +104,42 @@ def test_without_a_compiler_the_install_succeeds_and_says_so(source, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "the extension was not built" in done.stdout
     assert "several times slower" in done.stderr
+
+
+def setup_py(**environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", "/nowhere/temp", "--build-lib", "/nowhere/lib"]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def test_hta_cuda_1_fails_where_there_is_no_nvcc(tmp_path):
+    path = {name: str(tmp_path) for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH")}
+    for tool in ("c++", "gcc", "g++", "ninja", "which"):
+        if shutil.which(tool):
+            (tmp_path / tool).symlink_to(shutil.which(tool))
+    if Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("setup.py finds this machine's nvcc whatever the PATH says")
+    done = setup_py(HTA_CUDA="1", PATH=str(tmp_path), **path)
+    assert done.returncode != 0
+    assert "HTA_CUDA=1, but there is no nvcc" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("asked", ["1.3", "Volta", "9.0;3.5"])
+def test_a_target_that_the_toolkit_cannot_serve_is_named(asked):
+    done = setup_py(HTA_CUDA="1", TORCH_CUDA_ARCH_LIST=asked)
+    assert done.returncode != 0
+    assert f"TORCH_CUDA_ARCH_LIST asks for {asked.split(';')[-1]!r}, which" in done.stderr
+
+
+def test_an_unknown_hta_cuda_is_refused():
+    done = setup_py(HTA_CUDA="yes")
+    assert done.returncode != 0
+    assert "HTA_CUDA must be auto, 1 or 0, got 'yes'" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_extension_has_its_cuda_kernels_beside_any_torch():
+    """The build that these tests run has them, and has loaded, whether this torch knows CUDA or not."""
+    state = hta.backends()["cuda"]
+    assert state == "available" or re.search(r"the extension has kernels for .*\d\d|kernels for", state), state
