@@ -1,6 +1,6 @@
 """Homotopy training of neural networks at the cost of its memory traffic. The public names, and nothing else."""
 
-from . import schedule, tables
+from . import path, problems, schedule, tables
 from .ops import backends, homotopy_penalty, homotopy_penalty_accumulate_, homotopy_step_, use_backend
 from .optim import HomotopySGD, StepStats
 from .partition import Layout, Partition
@@ -18,6 +18,8 @@ __all__ = [
     "homotopy_penalty",
     "homotopy_penalty_accumulate_",
     "homotopy_step_",
+    "path",
+    "problems",
     "schedule",
     "tables",
     "use_backend",

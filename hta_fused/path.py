@@ -7,9 +7,10 @@ decoupled problems (2), L = 0 for f itself. `track` follows one path with scipy'
 thousands at once in torch. Knows nothing of networks; imports torch and, in `track`, scipy.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 METHODS = ("BFGS", "L-BFGS-B")
-JUMP = 10.0  # a move is a jump if it is so many times the median of those before it
+SUSPICIOUS = 5.0  # a move so many times the median of those before it may be a jump, and is looked into
 _FINEST = 1 / 64  # of the distance between two given values of L, in adaptive steps
 
 
@@ -92,7 +93,9 @@ class Homotopy:
             blocks = np.arange(n) * copies // n
         blocks = np.asarray(blocks)
         if blocks.shape != (n,) or not np.isin(blocks, np.arange(copies)).all():
-            raise ValueError(f"blocks must hold a number from 0 to {copies - 1} for each of {n} variables, got {blocks}")
+            raise ValueError(
+                f"blocks must hold a number from 0 to {copies - 1} for each of {n} variables, got {blocks}"
+            )
         if isinstance(anchor, Tensor):
             anchor = anchor.detach().cpu().numpy()
         anchor = np.asarray(anchor, dtype=np.float64)
@@ -155,7 +158,7 @@ class Stage:
         """The coordinates [..., d] of copies [..., m, n] (their mean's where there is one copy; the free ones' at ∞)."""
         if self.copies == 1:
             return copies.mean(-2)
-        flat = copies.reshape(*copies.shape[:-2], -1) - self.base
+        flat = copies.reshape(*copies.shape[:-2], len(self.base)) - self.base
         if math.isinf(self.L):
             return flat @ self.embedding.T
         return np.linalg.solve(self.embedding, flat.reshape(-1, flat.shape[-1]).T).T.reshape(flat.shape)
@@ -178,7 +181,7 @@ def check_Ls(Ls: Sequence[float]) -> list[float]:
     for L in values:
         if not L >= 0:
             raise ValueError(f"Ls must be in [0, ∞], got {L}")
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in itertools.pairwise(values):
         if not after < before:
             raise ValueError(f"Ls must fall, got {before} and then {after}")
     return values
@@ -211,10 +214,10 @@ class Objective:
             raise ValueError(f"f must return a scalar tensor, got shape {tuple(result.shape)}")
         if not result.requires_grad:
             raise ValueError("f has no gradient: what it returns does not depend on its argument through torch")
-        (gradient,) = torch.autograd.grad(result.reshape(()), point, allow_unused=True)
-        if gradient is None:
+        (slope,) = torch.autograd.grad(result.reshape(()), point, allow_unused=True)
+        if slope is None:
             raise ValueError("f has no gradient: what it returns does not depend on its argument")
-        return float(result), gradient.numpy()
+        return float(result.detach()), slope.numpy()
 
 
 def track(
@@ -270,12 +273,17 @@ def track(
     if not math.isfinite(objective(x[0])[0]):
         raise ValueError(f"f must be finite at x0, got {objective(x[0])[0]}")
 
+    def correct(L: float, x: np.ndarray) -> PathPoint:
+        return _correct(objective, homotopy, L, x, method, tolerance)
+
     points: list[PathPoint] = []
     position, step, message = 0.0, 1.0, ""
     while position <= len(values) - 1:
         L = _between(values, position)
         guess = _secant(points, L) if predictor else None
-        point = _correct(objective, homotopy, L, x if guess is None else guess, method, tolerance, points)
+        point = correct(L, x if guess is None else guess)
+        if point.converged and _jumped(points, point, correct):
+            point = replace(point, jumped=True)
         if adaptive and points and step > _FINEST and (point.jumped or not point.converged):
             position -= step / 2
             step /= 2
@@ -327,7 +335,6 @@ def _correct(
     x: np.ndarray,
     method: str,
     tolerance: float,
-    points: list[PathPoint],
 ) -> PathPoint:
     """The minimiser of H at L that the corrector finds from x."""
     from scipy.optimize import minimize
@@ -342,39 +349,55 @@ def _correct(
         gradient = np.stack([g for _, g in parts]) + gradient
         return sum(v for v, _ in parts) + value, stage.embedding @ gradient.ravel()
 
-    options = {"gtol": tolerance} | ({"ftol": 0.0, "maxiter": 10_000, "maxfun": 100_000} if method == "L-BFGS-B" else {})
+    options = {"gtol": tolerance} | (
+        {"ftol": 0.0, "maxiter": 10_000, "maxfun": 100_000} if method == "L-BFGS-B" else {}
+    )
     with np.errstate(all="ignore"):  # a step into infinity is taken back
         found = minimize(h, stage.reduce(x), jac=True, method=method, options=options)
     z, (value, gradient) = found.x, h(found.x)
     # f's own rounding ends a line search at half the digits; steps that look at the gradient alone go on.
-    for _ in range(10):
+    for _ in range(40):
         if np.abs(gradient).max(initial=0.0) <= tolerance:
             break
         trial = z - found.hess_inv @ gradient
         trial_value, trial_gradient = h(trial)
-        if not np.abs(trial_gradient).max() < 0.5 * np.abs(gradient).max():
+        no_worse = trial_value <= value + 1e-10 * (1 + abs(value))  # else it is on its way to a saddle or a maximum
+        if not (no_worse and np.abs(trial_gradient).max() < 0.9 * np.abs(gradient).max()):
             break
         z, value, gradient = trial, trial_value, trial_gradient
     copies = np.broadcast_to(stage.expand(z), homotopy.shape).copy()
-    converged = bool(np.isfinite(value) and np.abs(gradient).max(initial=0.0) <= max(tolerance, 1e-6 * max(1.0, abs(value))))
-    return PathPoint(L, copies, float(value), objective.evaluations - before, converged, _jumped(points, copies, L))
+    converged = bool(
+        np.isfinite(value) and np.abs(gradient).max(initial=0.0) <= max(tolerance, 1e-6 * max(1.0, abs(value)))
+    )
+    return PathPoint(L, copies, float(value), objective.evaluations - before, converged, False)
 
 
-def _jumped(points: list[PathPoint], x: np.ndarray, L: float) -> bool:
-    """Whether the step to x is out of proportion to those before it."""
+def _jumped(points: list[PathPoint], point: PathPoint, correct: Callable[[float, np.ndarray], PathPoint]) -> bool:
+    """Whether the path broke off before `point`: a move out of proportion, which no smaller steps in L divide."""
+    if not points or not _suspicious(points, point.x, point.L):
+        return False
+    before, after = points[-1], point
+    for _ in range(6):
+        whole = np.linalg.norm(after.x - before.x)
+        middle = correct(math.sqrt(before.L * after.L) if after.L > 0 else before.L / 10, before.x)
+        after = correct(after.L, middle.x)
+        first, second = np.linalg.norm(middle.x - before.x), np.linalg.norm(after.x - middle.x)
+        if max(first, second) < 0.8 * whole:
+            return False
+        before, after = (before, middle) if first > second else (middle, after)
+    return True
+
+
+def _suspicious(points: list[PathPoint], x: np.ndarray, L: float) -> bool:
     finite = [point for point in points if not math.isinf(point.L)]
     if len(finite) < 3:
         return False
-    steps = [_length(a, b) for a, b in zip(finite, finite[1:], strict=False)]
-    moves = [np.linalg.norm(b.x - a.x) / s for a, b, s in zip(finite, finite[1:], steps, strict=False)]
+    steps = [math.log(a.L / b.L) for a, b in itertools.pairwise(finite)]
+    moves = [np.linalg.norm(b.x - a.x) / s for (a, b), s in zip(itertools.pairwise(finite), steps, strict=True)]
     step = math.log(finite[-1].L / L) if L > 0 else steps[-1]
     distance = np.linalg.norm(x - finite[-1].x)
     visible = distance > 0.05 * (1 + np.linalg.norm(x) / math.sqrt(len(x)))
-    return bool(visible and distance / step > JUMP * np.median(moves[-5:]))
-
-
-def _length(a: PathPoint, b: PathPoint) -> float:
-    return math.log(a.L / b.L)
+    return bool(visible and distance / step > SUSPICIOUS * np.median(moves[-5:]))
 
 
 # ------------------------------------------------------------------------------------------------------------ many paths
@@ -382,14 +405,18 @@ def _length(a: PathPoint, b: PathPoint) -> float:
 
 @dataclass(frozen=True)
 class ManyResult:
-    """The ends of many paths: x [B, n], f [B], evaluations [B] (int64) and success [B] (bool), on x0's device.
+    """The ends of many paths, on x0's device.
 
-    `success` says that every corrector of a path converged; jumps are not looked for.
+    Attributes:
+        x, f: [B, n] and [B], as in PathResult.
+        evaluations, steps: int64 [B], of f and its gradient, and of the quasi-Newton method.
+        success: bool [B], every corrector of a path converged; jumps are not looked for.
     """
 
     x: Tensor
     f: Tensor
     evaluations: Tensor
+    steps: Tensor
     success: Tensor
 
 
@@ -420,7 +447,9 @@ def track_many(
     """
     values = check_Ls(Ls)
     if not isinstance(x0, Tensor) or x0.dim() not in (2, 3) or not x0.is_floating_point():
-        raise ValueError(f"x0 must be a float tensor of shape [B, n] or [B, {copies}, n], got {getattr(x0, 'shape', x0)}")
+        raise ValueError(
+            f"x0 must be a float tensor of shape [B, n] or [B, {copies}, n], got {getattr(x0, 'shape', x0)}"
+        )
     if x0.dim() == 3 and x0.shape[1] != copies:
         raise ValueError(f"x0 must have shape [B, n] or [B, {copies}, n], got {list(x0.shape)}")
     count, n = x0.shape[0], x0.shape[-1]
@@ -431,11 +460,11 @@ def track_many(
     offset = torch.zeros_like(x0[:, :1]) if own is None else own
     homotopy = Homotopy.of(n, 0.0 if own is not None else anchor, blocks, copies)
     homotopy.curvature = curvature
-    x = (x0 if x0.dim() == 3 else x0[:, None].expand(count, copies, n)) - offset.view(count, 1, -1)
+    x = (x0 if x0.dim() == 3 else x0[:, None].expand(count, copies, n)) - offset[:, None]
 
     both = torch.func.vmap(torch.func.vmap(torch.func.grad_and_value(f)))
     evaluations = torch.zeros(count, dtype=torch.int64, device=x0.device)
-    success = torch.ones(count, dtype=torch.bool, device=x0.device)
+    steps, success = torch.zeros_like(evaluations), torch.ones(count, dtype=torch.bool, device=x0.device)
     _check_many(f, x0.reshape(-1, n)[:1])
     for L in progress(values):
         stage = homotopy.stage(L)
@@ -446,14 +475,15 @@ def track_many(
             copies_ = stage.expand(z)
             gradient, value = both(copies_ + offset[rows, None])
             more, slope = stage.quadratic(copies_)
-            return value.sum(-1) + more, (gradient + slope).reshape(len(z), -1) @ stage.embedding.T
+            return value.sum(-1) + more, (gradient + slope).flatten(1) @ stage.embedding.T
 
-        z, used, converged = minimise_many(h, z, tolerance)
+        z, used, taken, converged = minimise_many(h, z, tolerance)
+        steps += taken
         x = stage.expand(z).expand(count, copies, n)
         evaluations += used * stage.copies
         success &= converged
     final = x.mean(1) + (offset if own is not None else 0.0)
-    return ManyResult(final, torch.func.vmap(f)(final), evaluations + 1, success)
+    return ManyResult(final, torch.func.vmap(f)(final), evaluations + 1, steps, success)
 
 
 def _check_many(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -463,8 +493,8 @@ def _check_many(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
 
 
 def minimise_many(
-    h: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], z: Tensor, tolerance: float, steps: int = 500
-) -> tuple[Tensor, Tensor, Tensor]:
+    h: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], z: Tensor, tolerance: float, limit: int = 500
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Minimises one function from many starts, by BFGS with a weak-Wolfe line search, each start for itself.
 
     Args:
@@ -473,17 +503,17 @@ def minimise_many(
         tolerance: of the gradient's largest element.
 
     Returns:
-        z [B, d], evaluations [B], converged [B].
+        z [B, d], evaluations [B], steps [B] (at most `limit`), converged [B].
     """
     count, d = z.shape
     z = z.clone()
     rows = torch.arange(count, device=z.device)
     value, gradient = h(z, rows)
     evaluations = torch.ones(count, dtype=torch.int64, device=z.device)
-    converged = torch.zeros(count, dtype=torch.bool, device=z.device)
+    steps, converged = torch.zeros_like(evaluations), torch.zeros(count, dtype=torch.bool, device=z.device)
     inverse = torch.eye(d, dtype=z.dtype, device=z.device).expand(count, d, d).clone()
     fresh = torch.ones(count, dtype=torch.bool, device=z.device)  # the inverse Hessian is still the unit matrix
-    for _ in range(steps):
+    for _ in range(limit):
         small = gradient.abs().amax(1, keepdim=True).squeeze(1) <= tolerance if d else torch.ones_like(converged[rows])
         converged[rows[small]] = True
         keep = ~small
@@ -502,6 +532,7 @@ def minimise_many(
         length = torch.where(fresh, (1.01 / gradient.norm(dim=1)).clamp(max=1.0), torch.ones_like(slope))
         new_value, new_gradient, length, used, found = _search(h, here, rows, direction, value, slope, length)
         evaluations[rows] += used
+        steps[rows] += 1
         move = length[:, None] * direction
         z[rows] = here + move
         change = new_gradient - gradient
@@ -511,7 +542,7 @@ def minimise_many(
         rows_done = rows[~found]
         converged[rows_done] = gradient[~found].abs().amax(1) <= 1e-4
         rows, value, gradient, inverse, fresh = (t[found] for t in (rows, new_value, new_gradient, inverse, fresh))
-    return z, evaluations, converged
+    return z, evaluations, steps, converged
 
 
 def _search(h, here, rows, direction, value, slope, length):
@@ -529,8 +560,12 @@ def _search(h, here, rows, direction, value, slope, length):
         t = length[open_]
         trial, gradient = h(here[open_] + t[:, None] * direction[open_], rows[open_])
         used[open_] += 1
-        enough = trial <= value[open_] + 1e-4 * t * slope[open_]  # False for NaN
-        flat = (gradient * direction[open_]).sum(1) >= 0.9 * slope[open_]
+        start, down = value[open_], slope[open_]
+        along = (gradient * direction[open_]).sum(1)
+        enough = trial <= start + 1e-4 * t * down  # False for NaN
+        # Where only rounding is left of the values, the slopes still tell (Hager and Zhang's approximate condition).
+        enough |= (trial <= start + 1e-13 * (1 + start.abs())) & (along <= 0.9998 * -down)
+        flat = along >= 0.9 * down
         took = open_[enough]
         best_value[took], best_length[took], best_gradient[took] = trial[enough], t[enough], gradient[enough]
         high[open_[~enough]] = t[~enough]

@@ -1,0 +1,243 @@
+"""Path tracking: against linear solves, between its two ways, and what it says of jumps and bad input."""
+
+import csv
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import hta_fused as hta
+from hta_fused import path, problems, reproduce
+
+LS = [math.inf, *np.geomspace(1e3, 1e-6, 19).tolist(), 0.0]
+
+
+def quadratic(n, seed):
+    rng = np.random.default_rng(seed)
+    root = rng.standard_normal((n, n))
+    A, b, anchor = root @ root.T / n + 0.5 * np.eye(n), rng.standard_normal(n), rng.standard_normal(n)
+    At, bt = torch.as_tensor(A), torch.as_tensor(b)
+    return A, b, anchor, lambda x: 0.5 * x @ At @ x - bt @ x
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("predictor", [None, "secant"])
+@pytest.mark.parametrize("copies", [2, 3])
+@pytest.mark.parametrize("method", ["BFGS", "L-BFGS-B"])
+def test_a_quadratics_path_is_its_linear_solve(seed, method, copies, predictor, adaptive):
+    A, b, anchor, f = quadratic(6, seed)
+    result = path.track(f, np.zeros(6), LS, anchor, method, copies=copies, predictor=predictor, adaptive=adaptive,
+                        tolerance=1e-9)  # fmt: skip
+    homotopy = path.Homotopy.of(6, anchor, None, copies)
+    assert result.success, result.message
+    assert result.message == "followed to L = 0"
+    assert not result.jumps
+    points = [point for point in result.per_L if 0 < point.L < math.inf]
+    assert len(points) == len(LS) - 2 or adaptive
+    for point in points:
+        wanted = reproduce.exact(A, b, homotopy, point.L)
+        bound = 1e-8 if method == "BFGS" else 1e-7  # L-BFGS-B's Hessian is too coarse to go on without the values
+        assert np.abs(point.x - wanted).max() < bound * max(1, np.abs(wanted).max())
+    assert np.abs(result.x - np.linalg.solve(A, b)).max() < 1e-7
+    assert result.evaluations >= sum(point.evaluations for point in result.per_L)
+
+
+def test_the_tracked_and_the_trained_path_are_the_exact_one():
+    rows = reproduce.quadratic_paths(8, np.geomspace(1e3, 1e-6, 7).tolist())
+    assert max(row["tracked"] for row in rows) < 1e-8
+    assert max(row["trained"] for row in rows) < 1e-5
+    distances = [row["distance"] for row in rows]
+    assert distances == sorted(distances, reverse=True)  # the copies meet
+
+
+def test_at_infinity_the_problems_are_decoupled(seed):
+    A, b, anchor, f = quadratic(4, seed)
+    (point,) = path.track(f, np.zeros(4), [math.inf], anchor, tolerance=1e-9).per_L
+    first, second = slice(0, 2), slice(2, 4)
+    for copy, fixed, free in ((0, first, second), (1, second, first)):
+        assert np.array_equal(point.x[copy, fixed], anchor[fixed])
+        wanted = np.linalg.solve(A[free, free], b[free] - A[free, fixed] @ anchor[fixed])
+        assert np.abs(point.x[copy, free] - wanted).max() < 1e-8
+
+
+def test_numpy_functions_own_blocks_and_separate_starts(seed):
+    A, b, anchor, f = quadratic(5, seed)
+    pair = (lambda x: 0.5 * x @ A @ x - b @ x, lambda x: A @ x - b)
+    blocks = [1, 0, 1, 1, 0]
+    start = np.random.default_rng(seed).standard_normal((2, 5))
+    ours = path.track(pair, start, [1.0, 0.1], anchor, blocks=blocks, tolerance=1e-9)
+    theirs = path.track(f, torch.as_tensor(start), [1.0, 0.1], torch.as_tensor(anchor), blocks=blocks, tolerance=1e-9)
+    wanted = reproduce.exact(A, b, path.Homotopy.of(5, anchor, blocks, 2), 0.1)
+    for result in (ours, theirs):
+        assert np.abs(result.per_L[-1].x - wanted).max() < 1e-8
+    assert np.abs(ours.x - ours.per_L[-1].x.mean(0)).max() == 0
+
+
+def test_the_homotopy_finds_what_quasi_newton_misses():
+    """Table 1, n = 2: 24 and 36 of 36."""
+    points = reproduce.starts(2)
+    plain = reproduce.quasi_newton(problems.chow, points, "")
+    assert plain["hits"] == 24
+    assert reproduce.homotopy(problems.chow, points, reproduce.LINEAR, 0.0, "")["hits"] == 36
+    assert plain["evaluations"] > plain["steps"] > 1
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_many_paths_are_the_single_ones(n):
+    Ls = [math.inf, 3.0, 1.0, 0.3, 0.1, 0.0]
+    points = 6 * torch.rand(12, n, dtype=torch.float64)
+    many = path.track_many(problems.chow, points, Ls)
+    single = [path.track(problems.chow, point, Ls) for point in points]
+    assert many.success.all()
+    same = [float((many.x[i] - torch.as_tensor(r.x)).abs().max()) < 1e-5 for i, r in enumerate(single)]
+    assert sum(same) >= 11  # where two basins meet, the two line searches may part
+
+
+def test_many_paths_take_an_anchor_each(seed):
+    A, b, _, f = quadratic(4, seed)
+    anchors = torch.randn(7, 4, dtype=torch.float64)
+    many = path.track_many(f, torch.randn(7, 4, dtype=torch.float64), [math.inf, 1.0, 0.1], anchors, tolerance=1e-9)
+    for x, anchor in zip(many.x, anchors, strict=True):
+        wanted = reproduce.exact(A, b, path.Homotopy.of(4, anchor, None, 2), 0.1).mean(0)
+        assert float((x - torch.as_tensor(wanted)).abs().max()) < 1e-8
+    assert path.track_many(f, torch.zeros(0, 4, dtype=torch.float64), [1.0]).x.shape == (0, 4)
+
+
+def test_many_paths_are_over_twenty_times_as_fast():
+    points = reproduce.starts(6, 600)
+    path.track_many(problems.chow, points[:4], reproduce.LINEAR)
+    start = time.perf_counter()
+    many = path.track_many(problems.chow, points, reproduce.LINEAR)
+    batched = (time.perf_counter() - start) / len(points)
+    start = time.perf_counter()
+    for point in points[:3]:
+        path.track(problems.chow, point, reproduce.LINEAR, tolerance=1e-6)
+    single = (time.perf_counter() - start) / 3
+    assert (many.f < 1e-8).all()
+    assert single > 20 * batched, f"{single / batched:.1f}"
+
+
+def test_a_jump_is_reported():
+    """From (5, 0) the path's minimum of equation (33) vanishes near L = 0.38, whatever the steps."""
+    where = []
+    for count in (60, 150):
+        result = path.track(problems.chow, [5.0, 0.0], [math.inf, *np.geomspace(10, 0.01, count).tolist(), 0.0])
+        assert not result.success
+        assert f"the path jumped at L = {result.jumps[0]:.6g}" in result.message
+        at = [point.L for point in result.per_L].index(result.jumps[0])
+        moves = [np.linalg.norm(b.x - a.x) for a, b in itertools.pairwise(result.per_L)]
+        assert moves[at - 1] == max(moves[1:])
+        where.append(result.jumps[0])
+    assert where[0] == pytest.approx(where[1], rel=0.15)
+
+
+def test_adaptive_steps_are_fewer_on_an_easy_path_and_reach_the_same_end():
+    Ls = [math.inf, *np.geomspace(10, 0.01, 60).tolist(), 0.0]
+    every = path.track(problems.chow, [2.0, 0.0], Ls)
+    few = path.track(problems.chow, [2.0, 0.0], Ls, adaptive=True, predictor="secant")
+    assert every.success
+    assert few.success
+    assert len(few.per_L) < len(every.per_L) / 2
+    assert few.evaluations < every.evaluations
+    assert np.abs(few.x - every.x).max() < 1e-6
+
+
+def test_a_corrector_that_fails_ends_the_path():
+    result = path.track(lambda x: -x.square().sum(), np.ones(2), [1.0, 0.1, 0.0])  # unbounded below
+    assert not result.success
+    assert "did not converge" in result.message
+
+
+@pytest.mark.parametrize("name", ["chow", "ackley", "rastrigin", "griewank"])
+@pytest.mark.parametrize("n", [2, 7])
+def test_the_problems_are_0_at_their_minimisers_and_above_elsewhere(name, n):
+    f = getattr(problems, name)
+    at = torch.full((n,), problems.CHOW_MINIMISER if name == "chow" else 0.0, dtype=torch.float64)
+    shift = torch.randn(n, dtype=torch.float64)
+    assert f(at) == pytest.approx(0, abs=1e-14)
+    assert problems.shifted(f, shift)(at + shift) == pytest.approx(0, abs=1e-12)
+    others = 5 * torch.randn(200, n, dtype=torch.float64)
+    assert (torch.func.vmap(f)(others) > 1e-3).all()
+    assert torch.autograd.gradcheck(f, (others[0].requires_grad_(),))
+    at.requires_grad_()
+    (gradient,) = torch.autograd.grad(f(at), at)
+    assert gradient.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+GOOD = dict(f=problems.chow, x0=np.zeros(2), Ls=[1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(f=lambda x: x), r"f must return a scalar tensor, got shape \(2,\)"),
+        (dict(f=lambda x: 1.0), "f must return a scalar tensor, got float"),
+        (dict(f=lambda x: torch.tensor(1.0)), "f has no gradient"),
+        (dict(f=lambda x: x.detach().sum()), "f has no gradient"),
+        (dict(f=lambda x: x.sum().log() - math.inf), "f must be finite at x0, got -inf"),
+        (dict(f=(lambda x: x.sum(), lambda x: 1.0)), r"f's gradient must have shape \(2,\), got \(\)"),
+        (dict(Ls=[]), "Ls must hold at least one"),
+        (dict(Ls=[1.0, 2.0]), "Ls must fall, got 1.0 and then 2.0"),
+        (dict(Ls=[1.0, 1.0]), "Ls must fall"),
+        (dict(Ls=[-1.0]), r"Ls must be in \[0, ∞\], got -1.0"),
+        (dict(Ls=[math.nan]), "Ls must be in"),
+        (dict(x0=np.zeros((3, 2))), r"x0 must have shape \[n\] or \[2, n\], got \[3, 2\]"),
+        (dict(x0=1.0), "x0 must have shape"),
+        (dict(x0=np.zeros(1)), "copies must be from 2 to the number of variables"),
+        (dict(anchor=np.zeros(3)), "anchor must be a finite number or 2 of them"),
+        (dict(anchor=math.nan), "anchor must be a finite number"),
+        (dict(method="Newton"), "method must be one of BFGS, L-BFGS-B, got 'Newton'"),
+        (dict(predictor="tangent"), "predictor must be None or 'secant'"),
+        (dict(copies=1), "copies must be from 2"),
+        (dict(blocks=[0, 5]), "blocks must hold a number from 0 to 1"),
+    ],
+)
+def test_bad_input_is_named(changed, message):
+    with pytest.raises(ValueError, match=message):
+        path.track(**{**GOOD, **changed})
+
+
+def test_bad_input_to_many_is_named():
+    for changed, message in (
+        (dict(x0=torch.zeros(2)), r"x0 must be a float tensor of shape \[B, n\]"),
+        (dict(x0=torch.zeros(5, 3, 4)), r"x0 must have shape \[B, n\] or \[B, 2, n\], got \[5, 3, 4\]"),
+        (dict(anchor=torch.zeros(4, 2)), r"anchor must have shape \[n\] or \[5, 2\]"),
+        (dict(Ls=[]), "Ls must hold"),
+        (dict(f=lambda x: x), "f must return a scalar tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            path.track_many(**{**dict(f=problems.chow, x0=torch.zeros(5, 2), Ls=[1.0]), **changed})
+
+
+# -------------------------------------------------------------------------------------------------------- the commands
+
+
+@pytest.mark.parametrize("what", list(reproduce.WHAT))
+def test_every_command_leaves_a_table_a_csv_and_a_picture(tmp_path, capsys, what):
+    reproduce.main([what, "--quick", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.strip()
+    with open(tmp_path / f"{what}.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    assert (tmp_path / f"{what}.png").read_bytes()[:4] == b"\x89PNG"
+    if what == "figure1":
+        assert (tmp_path / "figure1.gif").read_bytes()[:4] == b"GIF8"
+        assert float(rows[-1]["L"]) == 0
+
+
+def test_theorem_quantities_fall():
+    for rows in (reproduce.convex(2, 300), reproduce.nonconvex(1, 60)):
+        for mode in ("explicit", "implicit"):
+            values = [row["value"] for row in rows if row["mode"] == mode and row["seed"] == 0]
+            assert 0 < values[-1] < values[0]
+    assert reproduce.slope([{"n": n, "value": 3 / n} for n in (10, 100, 1000)]) == pytest.approx(-1)
+
+
+def test_public_names():
+    assert hta.path.track is path.track
+    assert hta.problems.CHOW_MINIMISER == 1.0
