@@ -52,9 +52,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def seconds_of(step: Callable[[], Any], repeats: int) -> float:
+def seconds_of(step: Callable[[], Any], repeats: int, gpu: bool) -> float:
     """The time of one of `repeats` steps; on a GPU, between events on its stream."""
-    if not on_gpu():
+    if not gpu:
         start = time.perf_counter()
         for _ in range(repeats):
             step()
@@ -69,23 +69,28 @@ def seconds_of(step: Callable[[], Any], repeats: int) -> float:
 
 
 def measure(
-    steps: dict[str, Callable[[], Any]], rounds: int, before: dict[str, Callable[[], Any]] | None = None
+    steps: dict[str, Callable[[], Any]],
+    rounds: int,
+    before: dict[str, Callable[[], Any]] | None = None,
+    gpu: bool | None = None,
 ) -> Times:
     """Median seconds of each step and half its interquartile distance, over interleaved rounds.
 
     A step shorter than a millisecond is repeated within a round until it is not. `before` runs untimed.
+    `gpu` says who does the work; by default where tensors are made.
     """
+    gpu = on_gpu() if gpu is None else gpu
     repeats = {}
     for name, step in steps.items():
         step()
-        once = seconds_of(step, 1)
+        once = seconds_of(step, 1, gpu)
         repeats[name] = max(1, min(1000, round(1e-3 / max(once, 1e-7))))
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             if before and name in before:
                 before[name]()
-            times[name].append(seconds_of(step, repeats[name]))
+            times[name].append(seconds_of(step, repeats[name], gpu))
     result = {}
     for name, values in times.items():
         low, middle, high = statistics.quantiles(values, n=4)

@@ -383,7 +383,7 @@ def _as_scalar(name: str, value: float | Tensor | None, theta: Tensor) -> Tensor
         raise ValueError(
             f"{name} must be one float32 or float64 number, got {value.dtype} of shape {tuple(value.shape)}"
         )
-    return value.contiguous()
+    return value.to(theta.device).contiguous()
 
 
 def homotopy_step_(

@@ -68,8 +68,7 @@ def hit_rates(rows: list[dict[str, Any]], path: Path) -> None:
         bars = axis.barh(range(len(mine)), [r["hit_rate"] for r in mine], color=colors)
         axis.bar_label(bars, [f"{r['hits']} of {r['points']}" for r in mine], padding=3, fontsize=7)
         axis.set_yticks(range(len(mine)), names, fontsize=7)
-        axis.invert_yaxis()
-        axis.set(xlim=(0, 1.15), title=part)
+        axis.set(xlim=(0, 1.15), ylim=(len(mine) - 0.4, -0.6), title=part)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel("share of the starts from which the global minimum was found (f < 1e-8)")
     figure.savefig(path, dpi=110)
@@ -107,7 +106,7 @@ def surface(f, paths: list[tuple[tuple[float, ...], Any]], path: Path) -> None:
         right.plot(*start, "k+", markersize=11, label=None if number else "starts")
     right.plot(*paths[0][1].x, "k*", markersize=14, label="where θ and η meet")
     right.set(xlabel="x₁", ylabel="x₂", title="θ and η from L = ∞ to L = 0, θ̃ = 0", xlim=BOX, ylim=BOX, aspect="equal")
-    right.legend(loc="upper left")
+    right.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -4,7 +4,11 @@ import json
 
 import pytest
 import torch
-from hta_fused_bench import cli, gpu, measure, rivals, workloads
+
+try:
+    from hta_fused_bench import cli, gpu, measure, rivals, workloads
+except ImportError:  # a checkout that was not installed, as `make gpu` has it
+    from bench import cli, gpu, measure, rivals, workloads
 
 
 @pytest.mark.parametrize("what", ["ops", "step", "scaling", "train"])
@@ -93,3 +97,29 @@ def test_the_usual_scripts_images_are_those_of_ours_but_for_their_luck():
     assert image.shape == (3, 32, 32)
     assert label == 2
     assert image.min() >= ((0 - mean) / std).min()
+
+
+def test_the_gpus_training_benchmark_runs():
+    """On the CPU, tiny and uncaptured: that its pieces fit together."""
+    result = gpu.training("vgg11", "bf16", 16, 1.6, 2, device="cpu", width=0.0625)
+    assert set(result["images_per_second"]) == set(result["times"])
+    assert len(result["times"]) == 3
+    assert "HTA, both copies" in measure.show(result)
+    assert not any(result["captured"].values())
+
+
+def test_the_gpus_summary_is_kept_stage_by_stage(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Test 1")
+    monkeypatch.setattr(measure, "machine", dict)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+
+    def fails():
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(gpu, "tests", fails)
+    gpu.main(["--out", str(tmp_path), "--only", "tests", "sanitizer", "counters"])
+    stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    assert stages["tests"]["error"] == "RuntimeError: planted"
+    assert "not on the PATH" in stages["sanitizer"]["skipped"]
+    assert set(stages) == {"tests", "sanitizer", "counters"}

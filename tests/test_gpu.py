@@ -132,8 +132,8 @@ def test_codes_that_name_nothing_are_read_as_harmless(backend):
     n = 3 * 1024
     theta, eta, g, h = (torch.randn(n) for _ in range(4))
     codes = torch.tensor([[99, 1], [0, 77], [-5, -9]], dtype=torch.int32)
-    hyper, tables = ops._coefficients(0.1, 0.1, 0.0, 0.0, False, "implicit")
     stats = torch.zeros(4, dtype=torch.float64)
+    hyper, tables = (t.to(stats.device) for t in ops._coefficients(0.1, 0.1, 0.0, 0.0, False, "implicit"))
     ops.kernels(theta).step_(
         theta, eta, g, h, None, None, None, None, None, codes, None, hyper, tables, None, None, stats, False
     )
@@ -531,7 +531,9 @@ def test_a_captured_step_follows_its_settings():
     other.params.copy_(replicas.params)
     eager = hta.HomotopySGD(other, 0.1, 0.9, L=0.1)
     gradients = torch.randn_like(replicas.grads)
-    optimizer.refresh()
+    for copies, o in ((replicas, optimizer), (other, eager)):  # warmed up
+        copies.grads.copy_(gradients)
+        o.step()
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DTYPES, LABELS, SIZES, pattern, relative_error
+from conftest import DTYPES, GPU, LABELS, SIZES, pattern, relative_error
 from torch import nn
 
 import hta_fused as hta
@@ -359,8 +359,8 @@ needs_extension = pytest.mark.skipif(not hta.backends()["cpu"].startswith("avail
 
 def op_arguments(dtype=torch.float32, n=2100):
     labels = hta.Partition((torch.arange(n) // 700).byte())
-    hyper, tables = ops._coefficients(0.1, 0.1, 0.9, 0.0, False, "implicit")
     stats = torch.zeros(4, dtype=torch.float64)
+    hyper, tables = (t.to(stats.device) for t in ops._coefficients(0.1, 0.1, 0.9, 0.0, False, "implicit"))
     theta, eta, g_theta, g_eta, v_theta, v_eta, anchor = buffers(n, dtype)
     pattern_ = (anchor, labels.codes, labels.labels)
     return {
@@ -501,6 +501,9 @@ BAD = [
 
 @pytest.mark.parametrize(("name", "value", "error", "message"), BAD)
 def test_bad_input_is_named_before_anything_is_written(backend, name, value, error, message):
+    if GPU and isinstance(value, torch.Tensor) and value.device.type == "cpu":
+        beyond = torch.zeros(2 * value.numel(), dtype=value.dtype)  # with the strides that it had
+        value = beyond.as_strided(value.shape, value.stride()).copy_(value)
     arguments = {**good(), name: value}
     before = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.device.type != "meta"}
     with pytest.raises(error, match=message):

@@ -20,10 +20,15 @@ from hta_fused import cli, trainer
 from hta_fused.vgg import CONFIGURATIONS, VGG
 
 # Two epochs apart, one merged; a second or two.
-TINY = trainer.Settings(dataset="synthetic", width=0.125, epochs=3, L_stop=0.009, batch_size=128, threads=1)
+# On the CPU, where the same run gives the same bits; test_gpu.py trains on a GPU.
+TINY = trainer.Settings(
+    dataset="synthetic", width=0.125, epochs=3, L_stop=0.009, batch_size=128, threads=1, device="cpu"
+)
 FLAGS = [
     "--dataset",
     "synthetic",
+    "--device",
+    "cpu",
     "--width",
     "0.125",
     "--epochs",
