@@ -190,6 +190,18 @@ def check_Ls(Ls: Sequence[float]) -> list[float]:
 # -------------------------------------------------------------------------------------------------------------- one path
 
 
+def _value(f: Callable[[Tensor], Any], point: Tensor) -> Tensor:
+    """f at a point that requires a gradient; raises the error owed for what is no function to minimise."""
+    result = f(point)
+    if not isinstance(result, Tensor):
+        raise ValueError(f"f must return a scalar tensor, got {type(result).__name__}")
+    if result.numel() != 1:
+        raise ValueError(f"f must return a scalar tensor, got shape {tuple(result.shape)}")
+    if not result.requires_grad:
+        raise ValueError("f has no gradient: what it returns does not depend on its argument through torch")
+    return result
+
+
 class Objective:
     """f with its gradient, in NumPy, counted and checked."""
 
@@ -207,13 +219,7 @@ class Objective:
                 raise ValueError(f"f's gradient must have shape {x.shape}, got {gradient.shape}")
             return float(value.reshape(())), gradient
         point = torch.tensor(x, requires_grad=True, device="cpu")
-        result = self.f(point)
-        if not isinstance(result, Tensor):
-            raise ValueError(f"f must return a scalar tensor, got {type(result).__name__}")
-        if result.numel() != 1:
-            raise ValueError(f"f must return a scalar tensor, got shape {tuple(result.shape)}")
-        if not result.requires_grad:
-            raise ValueError("f has no gradient: what it returns does not depend on its argument through torch")
+        result = _value(self.f, point)
         (slope,) = torch.autograd.grad(result.reshape(()), point, allow_unused=True)
         if slope is None:
             raise ValueError("f has no gradient: what it returns does not depend on its argument")
@@ -465,7 +471,9 @@ def track_many(
     both = torch.func.vmap(torch.func.vmap(torch.func.grad_and_value(f)))
     evaluations = torch.zeros(count, dtype=torch.int64, device=x0.device)
     steps, success = torch.zeros_like(evaluations), torch.ones(count, dtype=torch.bool, device=x0.device)
-    _check_many(f, x0.reshape(-1, n)[:1])
+    for point in x0.reshape(-1, n)[:1]:  # none, where there are no starts
+        if not _value(f, point.detach().clone().requires_grad_()).isfinite():
+            raise ValueError("f must be finite at x0")
     for L in progress(values):
         stage = homotopy.stage(L)
         z = torch.as_tensor(stage.reduce(x.cpu().numpy())).to(x0)
@@ -484,12 +492,6 @@ def track_many(
         success &= converged
     final = x.mean(1) + (offset if own is not None else 0.0)
     return ManyResult(final, torch.func.vmap(f)(final), evaluations + 1, steps, success)
-
-
-def _check_many(f: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    for row in x:  # none, for no starts
-        if not math.isfinite(Objective(f)(row.double().cpu().numpy())[0]):
-            raise ValueError("f must be finite at x0")
 
 
 def minimise_many(
