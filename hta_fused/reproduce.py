@@ -31,7 +31,8 @@ from .trainer import save_atomically
 Row = dict[str, Any]
 
 HIT = 1e-8  # a minimum below it counts as the global one, which is 0
-GRIDS = {2: range(6), 4: range(6), 6: range(3, 7), 8: range(4, 6)}  # the paper's starting points, per axis
+# Starting points per axis. Their numbers are the paper's; which integers they are was inferred with problems.chow.
+GRIDS = {2: range(6), 4: range(6), 6: range(3, 7), 8: range(4, 6)}
 LINEAR = (math.inf, *(10 - 0.5 * i for i in range(20)), 0.0)
 SCHEDULES = {
     "linear 10, 9.5, … 0.5": LINEAR,
@@ -41,7 +42,7 @@ SCHEDULES = {
 
 
 def starts(n: int, limit: int | None = None, seed: int = 0) -> Tensor:
-    """The paper's starting points, [points, n]; a random sample of them if there are more than `limit`."""
+    """The starting points, [points, n]; a random sample of them if there are more than `limit`."""
     points = torch.tensor(list(itertools.product(GRIDS[n], repeat=n)), dtype=torch.float64)
     if limit is None or len(points) <= limit:
         return points
