@@ -250,7 +250,7 @@ def use_backend(name: str | None) -> None:
 
 
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "nvrtc", "reference")}
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # the kernels' on a GPU
+_DTYPES = (torch.float32, torch.float64, *reference.LOW)  # the kernels' on a GPU
 
 
 def _takes(name: str, dtype: torch.dtype, low: torch.dtype) -> bool:
@@ -297,9 +297,6 @@ if os.environ.get("HTA_BACKEND"):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks at the boundary
-
-
-_LOW = (torch.float16, torch.bfloat16)
 
 
 def _check_like(name: str, tensor: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -446,7 +443,7 @@ def homotopy_step_(
     """
     _check_buffers(theta, eta=eta, momentum_theta=momentum_theta, momentum_eta=momentum_eta, anchor=anchor)
     low = theta.dtype
-    if isinstance(grad_theta, Tensor) and theta.dtype == torch.float32 and grad_theta.dtype in _LOW:
+    if isinstance(grad_theta, Tensor) and theta.dtype == torch.float32 and grad_theta.dtype in reference.LOW:
         low = grad_theta.dtype
     for name, tensor in (("grad_theta", grad_theta), ("grad_eta", grad_eta)):
         _check_like(name, tensor, theta, low)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LOW = (torch.float16, torch.bfloat16)  # kernels compute in float32 on them
 TILE = 1024  # elements that share one code, as csrc/homotopy.h's kTile
 
 
@@ -30,7 +31,7 @@ def expand(codes: Tensor | None, labels: Tensor | None, like: Tensor) -> tuple[T
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
     """What a kernel computes in over buffers of `dtype`."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype in LOW else dtype
 
 
 def step_(theta, eta, grad_theta, grad_eta, momentum_theta, momentum_eta, low_theta, low_eta, anchor, codes, labels,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from .partition import Layout, Partition, owners_of, trainable
+from .reference import LOW
 
-_LOW = (torch.float16, torch.bfloat16)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
@@ -70,7 +70,7 @@ class Replicas:
         dtype, device = kinds.pop()
         if compute_dtype == dtype:
             compute_dtype = None
-        if compute_dtype is not None and (compute_dtype not in _LOW or dtype != torch.float32):
+        if compute_dtype is not None and (compute_dtype not in LOW or dtype != torch.float32):
             raise TypeError(
                 f"compute_dtype must be bfloat16 or float16 beside float32, got {compute_dtype} for {dtype}"
             )

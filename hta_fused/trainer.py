@@ -259,11 +259,6 @@ class Run:
         """The homotopy parameter of this epoch; 0 once there is one copy."""
         return 0.0 if self.replicas is None else self.settings.homotopy(self.epoch)
 
-    @property
-    def lr(self) -> float:
-        """The learning rate of the next batch."""
-        return self._lr_at(self.batch)
-
     def _lr_at(self, batch: int) -> float:
         return self.settings.lr_at(self.epoch + batch / len(self.batches), self.job.epochs)
 
@@ -352,10 +347,7 @@ class Run:
 
     def _set_lr(self) -> None:
         for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(self.lr)
-            else:
-                group["lr"] = self.lr
+            group["lr"] = self._lr_at(self.batch)
 
     def end_epoch(self, seconds: float) -> dict[str, Any]:
         """Measures, moves on to the next epoch, and merges the copies when their schedule is over."""
