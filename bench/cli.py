@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hta_fused.trainer import save_atomically, write_json
+from hta_fused.files import save_atomically, write_json, write_text
 
 from . import measure, plots, workloads
 
@@ -103,13 +103,13 @@ def describe(machine: Result) -> str:
 def draw(what: str, results: list[Result], path: Path, caption: str) -> None:
     """The picture of one command's results."""
 
-    def picture(beside: Path) -> None:
+    def picture(partial: Path) -> None:
         if what == "scaling":
-            plots.scaling(results, beside, caption)
+            plots.scaling(results, partial, caption)
         elif what == "ops":
-            plots.roofline(results[0], beside, caption)
+            plots.roofline(results[0], partial, caption)
         else:
-            plots.ratios(results, beside, caption)
+            plots.ratios(results, partial, caption)
 
     save_atomically(path, picture)
 
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if options.what == "report":
             page = report(options.dir)
-            save_atomically(options.dir / "report.md", lambda path: path.write_text(page, encoding="utf-8"))
+            write_text(options.dir / "report.md", page)
             print(page)
             return
         options.rounds = options.rounds if options.rounds is not None else 5 if options.quick else 30

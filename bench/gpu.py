@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
             flush=True,
         )
         if stage != "build":  # not before there is an extension to load
-            from hta_fused.trainer import write_json
+            from hta_fused.files import write_json
 
             from . import measure
 

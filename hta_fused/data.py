@@ -1,12 +1,11 @@
 """Images in memory: CIFAR-10 from the official archives, scikit-learn's digits, and synthetic ones; and their batches.
 
 Everything stays uint8 until a batch is made; flips, crops and normalisation act on whole batches, and every random
-number of an epoch follows from (seed, epoch). No worker processes. Imports ops.py for the batches.
+number of an epoch follows from (seed, epoch). No worker processes. Imports ops.py for the batches, files.py.
 """
 
 import hashlib
 import io
-import os
 import pickle
 import tarfile
 import urllib.request
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .files import save_atomically
 from .ops import batch_
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what the CIFAR-10 recipe uses
@@ -138,10 +138,8 @@ def fetch(url: str, path: Path, sha256: str) -> None:
     """Downloads url to path with a progress bar; the file appears under its name only once its checksum is right."""
     from tqdm import tqdm
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    digest = hashlib.sha256()
-    try:
+    def download(partial: Path) -> None:
+        digest = hashlib.sha256()
         with urllib.request.urlopen(url, timeout=60) as response, open(partial, "wb") as out:
             total = int(response.headers.get("Content-Length") or 0) or None
             with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
@@ -151,9 +149,9 @@ def fetch(url: str, path: Path, sha256: str) -> None:
                     bar.update(len(block))
         if digest.hexdigest() != sha256:
             raise ValueError(f"{url} has SHA-256 {digest.hexdigest()}, expected {sha256}: truncated or altered")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_atomically(path, download)
 
 
 def _from_archive(path: Path, checked: bool = False) -> Images:

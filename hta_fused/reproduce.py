@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from . import plots, problems
+from .files import save_atomically
 from .ops import homotopy_penalty, homotopy_step_
 from .optim import HomotopySGD
 from .path import Homotopy, track, track_many
 from .replicas import Replicas
-from .trainer import save_atomically
 
 Row = dict[str, Any]
 

@@ -6,7 +6,6 @@ bits. Knows nothing of the command line; draws its picture with plots.py.
 
 import json
 import math
-import os
 import platform
 import statistics
 import time
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from . import data
 from . import schedule as schedules
+from .files import save_atomically, write_json
 from .graphs import Graphed
 from .optim import HomotopySGD
 from .partition import BY_NAME
@@ -671,25 +671,6 @@ def _tensorboard(out: Path) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(out / "tensorboard"))
-
-
-def save_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside `path`, then renames: `path` is always whole, whenever the process is killed.
-
-    What a killed process leaves beside it has one name, which the next write takes over.
-    """
-    beside = path.with_name(f".part-{path.name}")
-    try:
-        write(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    save_atomically(path, lambda beside: beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 def evaluate_file(file: Path, settings: Settings) -> tuple[float, float]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from hta_fused import cli, trainer
+from hta_fused.files import save_atomically, write_json
 from hta_fused.vgg import CONFIGURATIONS, VGG
 
 # Two epochs apart, one merged; a second or two.
@@ -222,14 +223,14 @@ def test_stopping_in_the_middle_of_an_epoch_keeps_its_place(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.json"
-    trainer.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
 
-    def fail(beside):
-        beside.write_text("half")
+    def fail(partial):
+        partial.write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        trainer.save_atomically(path, fail)
+        save_atomically(path, fail)
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
 
