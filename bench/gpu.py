@@ -203,7 +203,9 @@ def training(
     name: str, precision: str, batch: int, bound: float, rounds: int, device: str = "cuda", width: float = 1.0
 ) -> dict[str, Any]:
     """HTA's training step beside SGD's, each captured in a graph with its data, and beside the usual script's."""
-    from hta_fused import data, trainer
+    from hta_fused.train import Job, Run, Settings, data
+    from hta_fused.train.run import batches_of
+    from hta_fused.train.vgg import VGG
 
     from . import measure
 
@@ -213,13 +215,12 @@ def training(
     chosen: dict[str, Any] = dict(
         model=name, width=width, batch_size=batch, precision=precision, channels_last=low, device=device
     )
-    settings = trainer.Settings(dataset="synthetic", **chosen)
+    settings = Settings(dataset="synthetic", **chosen)
     steps: dict[str, Callable[[], None]] = {}
     runs = {}
     for label, method in (("HTA, both copies", "hta"), ("SGD(fused=True)", "sgd")):
-        dtype = trainer.PRECISIONS[precision]
-        batches = data.Batches(images, batch, 0, device, settings.layout, dtype)
-        run_ = runs[label] = trainer.Run(settings, trainer.Job(label, method, settings.epochs, 0), batches)
+        job = Job(label, method, settings.epochs, 0)
+        run_ = runs[label] = Run(settings, job, batches_of(images, settings, job.seed))
         run_.start_epoch()
 
         def step(run_=run_) -> None:
@@ -232,7 +233,7 @@ def training(
             step()
         steps[label] = step
 
-    script = trainer.vgg(settings).to(device)
+    script = VGG(name, settings.batch_norm, width).to(device)
     optimizer = torch.optim.SGD(script.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (images.mean, images.std))
     loader = DataLoader(UsualDataset(images.train, images.train_labels, mean, std), batch, shuffle=True, pin_memory=device == "cuda",
@@ -275,12 +276,12 @@ def training(
 
 def train(out: Path, data_dir: Path | None) -> dict[str, Any]:
     """VGG16 by SGD and by HTA, for a few epochs, through the trainer itself."""
-    from hta_fused import trainer
+    from hta_fused.train import Settings, Trainer
 
     folder = out / "vgg16"
     shutil.rmtree(folder, ignore_errors=True)
     found = data_dir is not None and data_dir.exists()
-    settings = trainer.Settings(
+    settings = Settings(
         dataset="cifar10" if found else "synthetic", data_dir=data_dir or Path("data"), model="vgg16", width=1.0,
         epochs=8, batch_size=128, precision="bf16", channels_last=True, L_start=0.01, L_stop=0.007, device="cuda", out=folder,
     )  # fmt: skip
@@ -290,7 +291,7 @@ def train(out: Path, data_dir: Path | None) -> dict[str, Any]:
         lines.append(text)
         print(text, flush=True)
 
-    trainer.Trainer(settings, report=report).train()
+    Trainer(settings, report=report).train()
     for heavy in folder.glob("*.pt"):
         heavy.unlink()
     summary = json.loads((folder / "summary.json").read_text())

@@ -24,8 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 import hta_fused as hta
-from hta_fused.trainer import in_layout, processor
-from hta_fused.vgg import VGG
+from hta_fused.train.report import processor
+from hta_fused.train.vgg import VGG
 
 from . import rivals, workloads
 from .rivals import MOMENTUM, WEIGHT_DECAY, Step
@@ -372,9 +372,12 @@ def training(
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             return F.cross_entropy(net(images), classes)
 
-    plain = in_layout(VGG(name, width=width), layout)
+    def network() -> VGG:
+        return VGG(name, width=width).to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs lack it
+
+    plain = network()
     sgd = torch.optim.SGD(plain.parameters(), 1e-3, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
-    replicas = hta.Replicas(in_layout(VGG(name, width=width), layout))
+    replicas = hta.Replicas(network())
     homotopy = hta.HomotopySGD(replicas, 1e-3, MOMENTUM, WEIGHT_DECAY, L=0.01)
 
     def sgd_step() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import hta_fused as hta
-from hta_fused.vgg import CONFIGURATIONS, VGG
+from hta_fused.train.vgg import CONFIGURATIONS, VGG
 
 from .rivals import LR, MOMENTUM, WEIGHT_DECAY, Problem
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hta_fused import data, ops
+from hta_fused import ops
+from hta_fused.train import data
 
 RECORDS = 20
 
@@ -196,7 +197,7 @@ def test_a_batch_is_shuffled_cropped_mirrored_and_normalised(backend, layout, dt
 def test_normalised_batches(layout):
     images = data.synthetic(100, 20)
     batches = data.Batches(images, 50, memory_format=layout)
-    x, y = next(batches.plain("test"))
+    x, y = next(batches.unaugmented("test"))
     mean, std = torch.tensor(images.mean).view(3, 1, 1), torch.tensor(images.std).view(3, 1, 1)
     assert torch.allclose(x, (images.test / 255 - mean) / std, atol=1e-5)
     assert x.is_contiguous(memory_format=layout)

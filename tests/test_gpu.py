@@ -5,6 +5,7 @@ Without a GPU they run here in Triton's interpreter and in the emulator (conftes
 
 import collections
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -19,7 +20,8 @@ import torch
 from conftest import AVAILABLE, GPU_BACKENDS, LABELS, pattern, relative_error
 
 import hta_fused as hta
-from hta_fused import graphs, nvrtc_ops, ops, reference, trainer
+from hta_fused import nvrtc_ops, ops, reference
+from hta_fused.train import Settings, Trainer, graphs, run
 
 LOW = (torch.bfloat16, torch.float16)
 USUAL = dict(L=0.05, lr=0.1, momentum=0.9, weight_decay=1e-3)
@@ -496,13 +498,13 @@ class Pretended:
         self.whole += 1
         step()
 
-    def as_it_is(self, step):
+    def uncaptured(self, step):
         self.others += 1
         step()
 
 
 def settings(tmp_path, **changed):
-    return trainer.Settings(
+    return Settings(
         dataset="synthetic", width=0.0625, epochs=3, epochs_per_L=1, L_start=0.01, L_stop=0.009, batch_size=60,
         out=tmp_path, device="cpu", **changed,
     )  # fmt: skip
@@ -549,8 +551,8 @@ def test_a_step_is_captured_after_its_warm_up_or_goes_on_and_says_why(fake_cuda,
     graphed = graphs.Graphed(torch.device("cuda"), said.append)
     for _ in range(6):
         graphed(step)
-    graphed.as_it_is(step)
-    if fails:  # the attempt, then every step as it is
+    graphed.uncaptured(step)
+    if fails:  # the attempt, then every step uncaptured
         assert said == ["no CUDA graph, going on without one: cannot be captured"]
         assert calls == [1, 2, 3, 4, 4, 5, 6, 6]
         assert FakeGraph.replays == 0
@@ -565,11 +567,10 @@ def test_the_planned_step_of_a_graph_is_the_step_that_the_host_directs(tmp_path,
     finished = []
     for planned in (False, True):
         if planned:
-            monkeypatch.setattr(trainer, "can_capture", lambda settings, device: True)
+            monkeypatch.setattr(Settings, "captures", True)
             pretended = Pretended()
-            monkeypatch.setattr(trainer.Run, "_graphed", lambda run, pretended=pretended: pretended)
-        run = trainer.Trainer(settings(tmp_path / f"{method}{planned}", method=method))
-        assert run.train()
+            monkeypatch.setattr(run, "Graphed", lambda device, on_failure, pretended=pretended: pretended)
+        assert Trainer(settings(tmp_path / f"{method}{planned}", method=method)).train()
         finished.append(torch.load(tmp_path / f"{method}{planned}" / f"{method}-seed0.pt"))
     assert (pretended.whole, pretended.others) == (3 * 8, 3)  # 512 images: 8 batches of 60, one of 32
     for name, tensor in finished[0].items():
@@ -610,11 +611,10 @@ def test_a_captured_step_follows_its_settings():
 @pytest.mark.parametrize("graph", [True, False])
 def test_training_on_the_gpu_learns(tmp_path, precision, graph):
     said = []
-    s = trainer.replace(
+    s = dataclasses.replace(
         settings(tmp_path, method="compare", precision=precision, graph=graph), device="cuda", epochs=12
     )
-    run = trainer.Trainer(s, report=said.append)
-    assert run.train()
+    assert Trainer(s, report=said.append).train()
     assert not any("no CUDA graph" in line for line in said), said
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert all(r["accuracy_mean"] > 30 for r in summary["runs"].values()), summary

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import hta_fused as hta
-from hta_fused import Layout, Partition, data
-from hta_fused.vgg import VGG
+from hta_fused import Layout, Partition
+from hta_fused.train import data
+from hta_fused.train.vgg import VGG
 
 
 def small(channels_last=False):

@@ -16,15 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hta_fused import cli, trainer
 from hta_fused.files import save_atomically, write_json
-from hta_fused.vgg import CONFIGURATIONS, VGG
+from hta_fused.train import PAPER, Settings, Trainer, cli, data, report
+from hta_fused.train.vgg import CONFIGURATIONS, VGG
 
 # Two epochs apart, one merged; a second or two.
 # On the CPU, where the same run gives the same bits; test_gpu.py trains on a GPU.
-TINY = trainer.Settings(
-    dataset="synthetic", width=0.125, epochs=3, L_stop=0.009, batch_size=128, threads=1, device="cpu"
-)
+TINY = Settings(dataset="synthetic", width=0.125, epochs=3, L_stop=0.009, batch_size=128, threads=1, device="cpu")
 FLAGS = [
     "--dataset",
     "synthetic",
@@ -47,7 +45,7 @@ FLAGS = [
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
     lines = []
-    assert trainer.Trainer(replace(TINY, out=out, seeds=2), report=lines.append).train()
+    assert Trainer(replace(TINY, out=out, seeds=2), report=lines.append).train()
     return out, lines
 
 
@@ -68,18 +66,26 @@ def test_a_comparison_leaves_its_files(finished):
     assert [row["L"] for row in apart] == [0.01, 0.009, 0.0]
     assert [row["copies"] for row in apart] == [2, 2, 1]
     assert apart[0]["distance"] > 0
-    assert {"test_accuracy_theta", "test_accuracy_eta", "test_accuracy", "train_loss_eta", "lr"} <= set(apart[0])
+    assert {"test_accuracy_0", "test_accuracy_1", "test_accuracy", "train_loss", "train_loss_1", "lr"} <= set(apart[0])
     summary = json.loads((out / "summary.json").read_text())
     assert [run["work"] for run in summary["runs"].values()] == [3, 5, 5]
     assert summary["runs"]["HTA"]["accuracy_deviation"] is not None
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert "| HTA | 3 | 5 |" in lines[-1]
-    assert trainer.Settings.from_json(json.loads((out / "config.json").read_text())) == replace(TINY, out=out, seeds=2)
+    assert Settings.from_json(json.loads((out / "config.json").read_text())) == replace(TINY, out=out, seeds=2)
+
+
+def test_an_epochs_line_has_room_for_any_number_of_copies():
+    row = {"run": "HTA", "seed": 0, "epoch": 1, "copies": 3, "L": math.inf, "lr": 0.05, "images_per_second": 9.0}
+    row |= {"test_accuracy": 63.0, "distance": 0.12, "train_loss_0": 1.5, "train_loss_1": 1.25, "train_loss_2": 1.0}
+    row |= {"test_accuracy_0": 62.1, "test_accuracy_1": 61.95, "test_accuracy_2": 60.0}
+    line = report.describe(row, 3)
+    assert "L inf  copies 62.10% 61.95% 60.00%  mean 63.00%  distance 0.12  loss 1.5000 1.2500 1.0000" in line
 
 
 def test_sgd_learns_something(finished):
     rows = [row for row in metrics(finished[0]) if row["run"] == "SGD, equal work"]
-    assert rows[4]["train_loss_theta"] < rows[0]["train_loss_theta"]
+    assert rows[4]["train_loss"] < rows[0]["train_loss"]
 
 
 def test_exported_state_dict_is_a_plain_vggs(finished, capsys):
@@ -111,7 +117,7 @@ def test_exported_state_dict_is_a_plain_vggs(finished, capsys):
 )
 def test_every_setting_trains(tmp_path, changes):
     settings = replace(TINY, method="hta", out=tmp_path / "run", **changes)
-    assert trainer.Trainer(settings, report=lambda _: None).train()
+    assert Trainer(settings, report=lambda _: None).train()
     rows = metrics(tmp_path / "run")
     assert len(rows) == settings.epochs
     assert all(math.isfinite(row["test_loss"]) for row in rows)
@@ -134,7 +140,7 @@ def test_tensorboard_is_written_to_where_it_is_installed(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     settings = replace(TINY, method="sgd", epochs=1, out=tmp_path / "run")
-    trainer.Trainer(settings, report=lambda _: None).train()
+    Trainer(settings, report=lambda _: None).train()
     row = metrics(tmp_path / "run")[0]
     assert ("sgd-seed0/test_accuracy", row["test_accuracy"], 1) in written
     assert closed
@@ -144,7 +150,7 @@ def test_tensorboard_is_written_to_where_it_is_installed(tmp_path, monkeypatch):
 
 
 def start(out: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "hta_fused.cli", *flags]
+    command = [sys.executable, "-m", "hta_fused.train", *flags]
     return subprocess.Popen([*command, "--out", str(out)] if "--resume" not in flags else command,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
@@ -212,12 +218,12 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, capsys):
 def test_stopping_in_the_middle_of_an_epoch_keeps_its_place(tmp_path):
     settings = replace(TINY, method="hta", batch_size=16)
     whole, broken = replace(settings, out=tmp_path / "whole"), replace(settings, out=tmp_path / "broken")
-    trainer.Trainer(whole, report=lambda _: None).train()
+    Trainer(whole, report=lambda _: None).train()
     asked = iter(i == 45 for i in range(10**6))  # 32 batches an epoch: the 14th of the second
-    assert not trainer.Trainer(broken, stop=lambda: next(asked), report=lambda _: None).train()
+    assert not Trainer(broken, stop=lambda: next(asked), report=lambda _: None).train()
     state = torch.load(broken.out / "checkpoint.pt", weights_only=True)["run"]
     assert (state["epoch"], state["batch"]) == (1, 14)
-    assert trainer.Trainer(broken, resume=True, report=lambda _: None).train()
+    assert Trainer(broken, resume=True, report=lambda _: None).train()
     same_results(whole.out, broken.out)
 
 
@@ -237,20 +243,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_resuming_on_other_images_is_refused(tmp_path, monkeypatch):
     settings = replace(TINY, method="sgd", epochs=1, out=tmp_path / "run")
-    trainer.Trainer(settings, report=lambda _: None).train()
-    monkeypatch.setattr(trainer.data, "synthetic", lambda: trainer.data.digits())
+    Trainer(settings, report=lambda _: None).train()
+    monkeypatch.setattr(data, "synthetic", data.digits)
     with pytest.raises(ValueError, match="not those that .* was trained on"):
-        trainer.Trainer(settings, resume=True)
+        Trainer(settings, resume=True)
 
 
 # ---------------------------------------------------------------------------------------------------- settings and VGG
 
 
 def test_the_papers_recipe():
-    paper = trainer.PAPER
+    paper = PAPER
     assert (paper.lr, paper.halve_every, paper.momentum, paper.weight_decay) == (0.05, 30, 0.9, 5e-4)
     assert (paper.batch_size, paper.epochs, paper.width, paper.dataset) == (128, 300, 1.0, "cifar10")
-    assert paper.homotopy.values == tuple(L for L in (0.01, 0.009, 0.008, 0.007, 0.006, 0.005) for _ in range(4))
+    assert paper.L_schedule.values == tuple(L for L in (0.01, 0.009, 0.008, 0.007, 0.006, 0.005) for _ in range(4))
     assert [paper.lr_at(e, 300) for e in (0, 29.9, 30, 60)] == [0.05, 0.05, 0.025, 0.0125]
 
 
@@ -361,4 +367,4 @@ def test_recipe_is_one_flag_and_others_still_count(monkeypatch):
     monkeypatch.setattr(cli, "Trainer", catch)
     with pytest.raises(Stop):
         cli.main(["--recipe", "paper", "--model", "vgg16", "--out", os.devnull])
-    assert seen["settings"] == replace(trainer.PAPER, model="vgg16", out=Path(os.devnull))
+    assert seen["settings"] == replace(PAPER, model="vgg16", out=Path(os.devnull))

@@ -8,7 +8,7 @@ CONFIGURATIONS: dict[str, tuple[int | str, ...]] = {
     "vgg13": (64, 64, "M", 128, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
     "vgg16": (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"),
     "vgg19": (64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512, 512, 512, 512, "M", 512, 512, 512, 512, "M"),
-}  # fmt: skip
+}
 
 
 class VGG(nn.Module):
@@ -43,10 +43,14 @@ class VGG(nn.Module):
             channels = out
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
-            nn.Dropout(), nn.Linear(channels, channels), nn.ReLU(inplace=True),
-            nn.Dropout(), nn.Linear(channels, channels), nn.ReLU(inplace=True),
+            nn.Dropout(),
+            nn.Linear(channels, channels),
+            nn.ReLU(inplace=True),
+            nn.Dropout(),
+            nn.Linear(channels, channels),
+            nn.ReLU(inplace=True),
             nn.Linear(channels, classes),
-        )  # fmt: skip
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,4 +1,4 @@
-"""hta-train: the trainer on a terminal. Flags, signals, progress bars; what is trained stands in trainer.py."""
+"""hta-train: the trainer on a terminal. Flags, signals, progress bars."""
 
 import argparse
 import json
@@ -9,7 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-from .trainer import RECIPES, Job, Settings, Trainer, evaluate_file
+from .comparison import Trainer, evaluate_file
+from .run import Job
+from .settings import RECIPES, Settings
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     ]
     try:
         commands, settings = tyro.cli(
-            Both, args=argv, prog="hta-train", description=Settings.__doc__, default=(Commands(), recipe),
-        )  # fmt: skip
+            Both, args=argv, prog="hta-train", description=Settings.__doc__, default=(Commands(), recipe)
+        )
         if commands.evaluate is not None:
             loss, accuracy = evaluate_file(commands.evaluate, settings)
             print(f"{commands.evaluate}: test accuracy {accuracy:.2f}%, test loss {loss:.4f}")
@@ -80,18 +82,22 @@ def main(argv: list[str] | None = None) -> None:
                 bar, shown = tqdm(desc=title, total=total, initial=done - 1, leave=False, unit="batch"), title
             bar.update(done - bar.n)
 
-        trainer = Trainer(settings, resume=commands.resume is not None, stop=lambda: bool(caught), progress=progress,
-                          report=lambda text: tqdm.write(text, file=sys.stdout))  # fmt: skip
+        trainer = Trainer(
+            settings,
+            resume=commands.resume is not None,
+            stop=lambda: bool(caught),
+            progress=progress,
+            report=lambda text: tqdm.write(text, file=sys.stdout),
+        )
         finished = trainer.train()
         if bar is not None:
             bar.close()
         if not finished:
-            print(f"hta-train: stopped by {signal.Signals(caught[0]).name}; everything so far is saved. "
-                  f"Go on with: hta-train --resume {settings.out}", flush=True)  # fmt: skip
+            print(
+                f"hta-train: stopped by {signal.Signals(caught[0]).name}; everything so far is saved. "
+                f"Go on with: hta-train --resume {settings.out}",
+                flush=True,
+            )
             sys.exit(128 + caught[0])
     except (ValueError, OSError) as error:
         sys.exit(f"hta-train: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .files import save_atomically
-from .ops import batch_
+from ..files import save_atomically
+from ..ops import batch_
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what the CIFAR-10 recipe uses
 PADDING = 4  # random crops of 32 out of 40
@@ -294,8 +294,8 @@ class Batches:
         x, y = self.data["train"]
         images = torch.empty((size, *x.shape[1:]), dtype=self.dtype, device=x.device, memory_format=self.memory_format)
         labels = torch.empty(size, dtype=y.dtype, device=y.device)
-        batch_(images, labels, x, y, self._order, self._offsets, self._mirrored, self._scale, self._shift,
-               self._position, PADDING)  # fmt: skip
+        arrangement = self._order, self._offsets, self._mirrored, self._scale, self._shift, self._position
+        batch_(images, labels, x, y, *arrangement, PADDING)
         self._position += size
         return images, labels
 
@@ -305,8 +305,8 @@ class Batches:
         for batch in range(start, len(self)):
             yield self.next(self.size(batch))
 
-    def plain(self, split: str, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images of "train" or "test" in order, as they are."""
+    def unaugmented(self, split: str, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images of "train" or "test" in order, normalised and no more."""
         x, y = self.data[split]
         for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
             yield self.normalise(images), labels

@@ -1,11 +1,12 @@
-"""A training step as one CUDA graph: warmed up, captured, replayed. Imports torch only."""
+"""A training step as one CUDA graph: warmed up, captured, replayed, its learning rate planned. Imports torch only."""
 
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 Step = Callable[[], None]
-WARM_UP = 3  # steps that run as they are first, while libraries set themselves up
+WARM_UP = 3  # uncaptured steps, while libraries set themselves up
 
 
 class Graphed:
@@ -16,7 +17,7 @@ class Graphed:
 
     Args:
         device: the GPU.
-        on_failure: told why, where the step cannot be captured; it then goes on being called as it is.
+        on_failure: told why, where the step cannot be captured; it then goes on being called uncaptured.
     """
 
     def __init__(self, device: torch.device, on_failure: Callable[[str], None]):
@@ -34,9 +35,9 @@ class Graphed:
         if self.graph is not None:
             self.graph.replay()
         else:
-            self.as_it_is(step)
+            self.uncaptured(step)
 
-    def as_it_is(self, step: Step) -> None:
+    def uncaptured(self, step: Step) -> None:
         """Does any step without a graph, on a stream that is not the default one, as a capture is."""
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
@@ -53,3 +54,27 @@ class Graphed:
             self.failed = True
             torch.cuda.synchronize()
             self.on_failure(f"no CUDA graph, going on without one: {error}")
+
+
+class Plan:
+    """What each step of an epoch finds in a tensor, sent to the device ahead: a graph cannot ask the host.
+
+    Args:
+        target: the tensor, flat, at an address that stays.
+        steps: of an epoch.
+    """
+
+    def __init__(self, target: Tensor, steps: int):
+        self.target = target
+        self.rows = target.new_zeros(steps, len(target))
+        self.position = torch.zeros(1, dtype=torch.int64, device=target.device)
+
+    def begin(self, rows: Tensor, start: int) -> None:
+        """Plans [steps, len(target)] `rows`, of which number `start` is the next."""
+        self.rows.copy_(rows)
+        self.position.fill_(start)
+
+    def advance(self) -> None:
+        """Puts the next row in the target; can be captured."""
+        self.target.copy_(self.rows.index_select(0, self.position)[0])
+        self.position += 1

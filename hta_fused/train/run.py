@@ -1,0 +1,220 @@
+"""One run: its epochs, batches and losses, and all that it needs to go on, as a checkpoint holds it.
+
+Stopped at any moment and resumed, it ends with the same bits. What the two phases do apart stands in phases.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import Batches, Images
+from .graphs import Graphed, Plan
+from .phases import Phase, phase_at
+from .settings import Settings
+from .vgg import VGG
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run is to do."""
+
+    label: str  # "HTA", "SGD", "SGD, equal work"
+    method: str  # "hta" or "sgd"
+    epochs: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.label.lower().replace(',', '').replace(' ', '-')}-seed{self.seed}"
+
+
+class Run:
+    """A job in training.
+
+    Args:
+        settings, job: what to train.
+        batches: the data.
+        report: takes a line of text for the user.
+        saved: a `state` to go on from.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        job: Job,
+        batches: Batches,
+        report: Callable[[str], None] = print,
+        saved: dict[str, Any] | None = None,
+    ):
+        self.settings, self.job, self.batches, self.report = settings, job, batches, report
+        self.epoch: int = saved["epoch"] if saved else 0
+        self.batch: int = saved["batch"] if saved else 0  # the next one's number
+        torch.manual_seed(job.seed)
+        self.scaler = torch.amp.GradScaler(settings.torch_device.type, enabled=settings.precision == "fp16")
+        self._enter(phase_at(settings, job.method, self.epoch, network(settings)))
+        if saved is not None:
+            self._load(saved)
+
+    # A checkpoint's tensors are the run's own: whoever saves them does so at once.
+    def state(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "losses": self.losses,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state() if self.losses.is_cuda else None,
+            "phase": self.phase.state(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        self.phase.load_state(saved["phase"])
+        self._enter(self.phase)  # its learning rate may lie elsewhere now
+        self.losses.copy_(saved["losses"])
+        self.scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["random"])
+        if self.losses.is_cuda and saved["random_cuda"] is not None:
+            torch.cuda.set_rng_state(saved["random_cuda"])
+
+    def _enter(self, phase: Phase) -> None:
+        """Goes on with other networks, whose step is to be captured anew."""
+        self.phase = phase
+        self.losses = torch.zeros(len(phase.networks), dtype=torch.float64, device=self.settings.torch_device)
+        self.graphed: Graphed | None = None
+        if self.settings.captures:
+            self.graphed = Graphed(self.losses.device, lambda why: self.report(f"{self.job.name}: {why}"))
+            self.plan = Plan(phase.lr_buffer, len(self.batches))
+
+    @property
+    def images_seen(self) -> int:
+        """The images of this epoch so far."""
+        return min(self.batch * self.batches.batch_size, len(self.batches.images.train))
+
+    def _lr_at(self, batch: int) -> float:
+        return self.settings.lr_at(self.epoch + batch / len(self.batches), self.job.epochs)
+
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    def start_epoch(self) -> None:
+        """Makes this epoch's next batch, its L and its learning rates ready."""
+        self.phase.start_epoch(self.epoch)
+        for net in self.phase.networks:
+            net.train()
+        self.batches.begin(self.epoch, self.batch)
+        if self.graphed is not None:
+            lrs = [self._lr_at(batch) for batch in range(len(self.batches))]
+            self.plan.begin(self.phase.lr_rows(lrs), self.batch)
+
+    def train_epoch(self, on_batch: Callable[[], bool]) -> bool:
+        """The rest of this epoch's batches. False if `on_batch` asked to stop."""
+        self.start_epoch()
+        while self.batch < len(self.batches):
+            self.advance()
+            if on_batch():
+                return False
+        if self.losses.is_cuda:
+            torch.cuda.synchronize()  # so that the epoch's time is its own
+        return True
+
+    def advance(self) -> None:
+        """The next batch, through the graph if there is one and the batch is a whole one."""
+        size = self.batches.size(self.batch)
+        if self.graphed is None:
+            for group in self.phase.optimizer.param_groups:
+                group["lr"] = self._lr_at(self.batch)
+            self.step(size)
+        elif size == self.settings.batch_size:
+            self.graphed(self._planned_step)
+        else:
+            self.graphed.uncaptured(lambda: self._planned_step(size))
+        self.batch += 1
+
+    def _planned_step(self, size: int | None = None) -> None:
+        """A step whose learning rate the plan holds; a whole batch by default."""
+        self.plan.advance()
+        self.step(self.settings.batch_size if size is None else size)
+
+    def step(self, size: int) -> None:
+        """One batch: forward and backward of every network, and the update. Waits for nothing, so that it can be captured."""
+        batch = self.batches.next(size)
+        self.phase.optimizer.zero_grad()
+        losses = self.phase.backward(self.loss, batch, self.scaler.scale)
+        self.scaler.step(self.phase.optimizer)
+        self.scaler.update()
+        self.losses += size * torch.stack(losses)
+
+    def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        with self.settings.autocast():
+            return F.cross_entropy(net(images), labels)
+
+    # ---------------------------------------------------------------------------------------------------- an epoch's end
+
+    def end_epoch(self, seconds: float) -> dict[str, Any]:
+        """Measures, and moves on to the next epoch and its phase.
+
+        Returns:
+            A row of metrics. Keys that end in a number are one network's; `test_loss` and `test_accuracy` are those of
+            the networks' mean, `train_loss` is the mean of theirs.
+        """
+        phase, settings, copies = self.phase, self.settings, len(self.phase.networks)
+        losses = (self.losses / self.images_seen).tolist()
+        row: dict[str, Any] = {
+            "run": self.job.label,
+            "seed": self.job.seed,
+            "epoch": self.epoch + 1,
+            "copies": copies,
+            "L": phase.L,
+            "lr": self._lr_at(len(self.batches) - 1),
+            "distance": phase.distance,
+            # Counted once for each copy that an image went through.
+            "images_per_second": copies * self.images_seen / seconds if seconds > 0 else 0.0,
+            "seconds": seconds,
+            "train_loss": sum(losses) / copies,
+        }
+        for number, (net, loss) in enumerate(zip(phase.networks, losses, strict=True)):
+            row[f"train_loss_{number}"] = loss
+            row[f"test_loss_{number}"], row[f"test_accuracy_{number}"] = evaluate(net, self.batches, settings)
+        self.epoch, self.batch = self.epoch + 1, 0
+        with settings.autocast():
+            following = phase.following(self.epoch, (images for images, _ in self.batches.unaugmented("train")))
+        if copies == 1:
+            row["test_loss"], row["test_accuracy"] = row["test_loss_0"], row["test_accuracy_0"]
+        else:
+            row["test_loss"], row["test_accuracy"] = evaluate(following.mean(), self.batches, settings)
+        self.losses.zero_()
+        if following is not phase:
+            self._enter(following)
+        return row
+
+
+def network(settings: Settings) -> nn.Module:
+    """A new network, where and in the memory format that the settings say."""
+    model = VGG(settings.model, settings.batch_norm, settings.width).to(settings.torch_device)
+    return model.to(memory_format=settings.memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
+
+
+def batches_of(images: Images, settings: Settings, seed: int) -> Batches:
+    s = settings
+    return Batches(images, s.batch_size, seed, s.torch_device, s.memory_format, s.compute_dtype)
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, batches: Batches, settings: Settings) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (in %) of a network on the test set."""
+    was_training = net.training
+    net.eval()
+    sums = []
+    with settings.autocast():
+        for images, labels in batches.unaugmented("test"):
+            logits = net(images).float()
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums.append(torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()]))
+    net.train(was_training)
+    loss, right = torch.stack(sums).sum(0).tolist()
+    count = len(batches.images.test)
+    return loss / count, 100 * right / count
