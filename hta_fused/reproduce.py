@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import plots, problems
 from .ops import homotopy_penalty, homotopy_step_
 from .optim import HomotopySGD
-from .path import Homotopy, track, track_many
+from .path import QuadraticTerms, exact_minimiser, random_quadratic, track, track_many
 from .replicas import Replicas
 from .trainer import save_atomically
 
@@ -355,25 +355,11 @@ class Quadratic(nn.Module):
         return 0.5 * self.x @ self.A @ self.x - self.b @ self.x
 
 
-def exact(A: np.ndarray, b: np.ndarray, homotopy_: Homotopy, L: float) -> np.ndarray:
-    """H's minimiser for f(x) = ½·xᵀAx − bᵀx: a linear system. [m, n]."""
-    m, n = homotopy_.shape
-    hessian = np.zeros((m, n, m, n))
-    for j in range(m):
-        hessian[j, :, j, :] += A + 2 * L * np.diag(homotopy_.anchored[j])
-        for k in range(m):
-            hessian[j, :, k, :] += 2 / L * (m * (j == k) - 1) * np.eye(n)
-    right = b + 2 * L * homotopy_.anchored * homotopy_.anchor
-    return np.linalg.solve(hessian.reshape(m * n, m * n), right.ravel()).reshape(m, n)
-
-
 def quadratic_paths(n: int, Ls: list[float], seed: int = 0) -> list[Row]:
     """For each L, how far the tracked and the trained minimisers of H lie from the exact one."""
-    rng = np.random.default_rng(seed)
-    root = rng.standard_normal((n, n))
-    A, b, anchor = root @ root.T / n + 0.5 * np.eye(n), rng.standard_normal(n), rng.standard_normal(n)
+    A, b, anchor = random_quadratic(n, seed)
     At, bt = torch.as_tensor(A), torch.as_tensor(b)
-    homotopy_ = Homotopy.of(n, anchor, None, 2)
+    terms = QuadraticTerms.of(n, anchor, None, 2)
     tracked = track(lambda x: 0.5 * x @ At @ x - bt @ x, np.zeros(n), Ls, anchor, tolerance=1e-10)
 
     net = Quadratic(At, bt, torch.zeros(n, dtype=torch.float64))
@@ -391,7 +377,7 @@ def quadratic_paths(n: int, Ls: list[float], seed: int = 0) -> list[Row]:
             replicas.backward(lambda copy: copy())
             optimizer.step()
             steps, moved = steps + 1, float((replicas.params - before).abs().max())
-        wanted = exact(A, b, homotopy_, point.L)
+        wanted = exact_minimiser(A, b, terms, point.L)
         found = replicas.params[:, :n].numpy()
         rows.append({"L": point.L, "tracked": np.abs(point.x - wanted).max(), "trained": np.abs(found - wanted).max(),
                      "evaluations": point.evaluations, "steps": steps,

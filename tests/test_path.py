@@ -16,9 +16,7 @@ LS = [math.inf, *np.geomspace(1e3, 1e-6, 19).tolist(), 0.0]
 
 
 def quadratic(n, seed):
-    rng = np.random.default_rng(seed)
-    root = rng.standard_normal((n, n))
-    A, b, anchor = root @ root.T / n + 0.5 * np.eye(n), rng.standard_normal(n), rng.standard_normal(n)
+    A, b, anchor = path.random_quadratic(n, seed)
     At, bt = torch.as_tensor(A), torch.as_tensor(b)
     return A, b, anchor, lambda x: 0.5 * x @ At @ x - bt @ x
 
@@ -31,14 +29,14 @@ def test_a_quadratics_path_is_its_linear_solve(seed, method, copies, predictor, 
     A, b, anchor, f = quadratic(6, seed)
     result = path.track(f, np.zeros(6), LS, anchor, method, copies=copies, predictor=predictor, adaptive=adaptive,
                         tolerance=1e-9)  # fmt: skip
-    homotopy = path.Homotopy.of(6, anchor, None, copies)
+    terms = path.QuadraticTerms.of(6, anchor, None, copies)
     assert result.success, result.message
     assert result.message == "followed to L = 0"
     assert not result.jumps
     points = [point for point in result.per_L if 0 < point.L < math.inf]
     assert len(points) == len(LS) - 2 or adaptive
     for point in points:
-        wanted = reproduce.exact(A, b, homotopy, point.L)
+        wanted = path.exact_minimiser(A, b, terms, point.L)
         bound = 1e-8 if method == "BFGS" else 1e-7  # L-BFGS-B's Hessian is too coarse to go on without the values
         assert np.abs(point.x - wanted).max() < bound * max(1, np.abs(wanted).max())
     assert np.abs(result.x - np.linalg.solve(A, b)).max() < 1e-7
@@ -70,7 +68,7 @@ def test_numpy_functions_own_blocks_and_separate_starts(seed):
     start = np.random.default_rng(seed).standard_normal((2, 5))
     ours = path.track(pair, start, [1.0, 0.1], anchor, blocks=blocks, tolerance=1e-9)
     theirs = path.track(f, torch.as_tensor(start), [1.0, 0.1], torch.as_tensor(anchor), blocks=blocks, tolerance=1e-9)
-    wanted = reproduce.exact(A, b, path.Homotopy.of(5, anchor, blocks, 2), 0.1)
+    wanted = path.exact_minimiser(A, b, path.QuadraticTerms.of(5, anchor, blocks, 2), 0.1)
     for result in (ours, theirs):
         assert np.abs(result.per_L[-1].x - wanted).max() < 1e-8
     assert np.abs(ours.x - ours.per_L[-1].x.mean(0)).max() == 0
@@ -99,7 +97,7 @@ def test_many_paths_take_an_anchor_each(seed):
     anchors = torch.randn(7, 4, dtype=torch.float64)
     many = path.track_many(f, torch.randn(7, 4, dtype=torch.float64), [math.inf, 1.0, 0.1], anchors, tolerance=1e-9)
     for x, anchor in zip(many.x, anchors, strict=True):
-        wanted = reproduce.exact(A, b, path.Homotopy.of(4, anchor, None, 2), 0.1).mean(0)
+        wanted = path.exact_minimiser(A, b, path.QuadraticTerms.of(4, anchor, None, 2), 0.1).mean(0)
         assert float((x - torch.as_tensor(wanted)).abs().max()) < 1e-8
     assert path.track_many(f, torch.zeros(0, 4, dtype=torch.float64), [1.0]).x.shape == (0, 4)
 
