@@ -1,6 +1,5 @@
 """Path tracking: against linear solves, between its two ways, and what it says of jumps and bad input."""
 
-import csv
 import itertools
 import math
 import time
@@ -10,7 +9,8 @@ import pytest
 import torch
 
 import hta_fused as hta
-from hta_fused import path, problems, reproduce
+from hta_fused import path, problems
+from hta_fused.paper.table1 import LINEAR, starts
 
 LS = [math.inf, *np.geomspace(1e3, 1e-6, 19).tolist(), 0.0]
 
@@ -27,8 +27,8 @@ def quadratic(n, seed):
 @pytest.mark.parametrize("method", ["BFGS", "L-BFGS-B"])
 def test_a_quadratics_path_is_its_linear_solve(seed, method, copies, predictor, adaptive):
     A, b, anchor, f = quadratic(6, seed)
-    result = path.track(f, np.zeros(6), LS, anchor, method, copies=copies, predictor=predictor, adaptive=adaptive,
-                        tolerance=1e-9)  # fmt: skip
+    options = dict(copies=copies, predictor=predictor, adaptive=adaptive, tolerance=1e-9)
+    result = path.track(f, np.zeros(6), LS, anchor, method, **options)
     terms = path.QuadraticTerms.of(6, anchor, None, copies)
     assert result.success, result.message
     assert result.message == "followed to L = 0"
@@ -43,14 +43,6 @@ def test_a_quadratics_path_is_its_linear_solve(seed, method, copies, predictor, 
     assert result.evaluations >= sum(point.evaluations for point in result.per_L)
 
 
-def test_the_tracked_and_the_trained_path_are_the_exact_one():
-    rows = reproduce.quadratic_paths(8, np.geomspace(1e3, 1e-6, 7).tolist())
-    assert max(row["tracked"] for row in rows) < 1e-8
-    assert max(row["trained"] for row in rows) < 1e-5
-    distances = [row["distance"] for row in rows]
-    assert distances == sorted(distances, reverse=True)  # the copies meet
-
-
 def test_at_infinity_the_problems_are_decoupled(seed):
     A, b, anchor, f = quadratic(4, seed)
     (point,) = path.track(f, np.zeros(4), [math.inf], anchor, tolerance=1e-9).per_L
@@ -61,7 +53,7 @@ def test_at_infinity_the_problems_are_decoupled(seed):
         assert np.abs(point.x[copy, free] - wanted).max() < 1e-8
 
 
-def test_numpy_functions_own_blocks_and_separate_starts(seed):
+def test_numpy_functions_given_blocks_and_separate_starts(seed):
     A, b, anchor, f = quadratic(5, seed)
     pair = (lambda x: 0.5 * x @ A @ x - b @ x, lambda x: A @ x - b)
     blocks = [1, 0, 1, 1, 0]
@@ -74,43 +66,36 @@ def test_numpy_functions_own_blocks_and_separate_starts(seed):
     assert np.abs(ours.x - ours.per_L[-1].x.mean(0)).max() == 0
 
 
-def test_the_homotopy_finds_what_quasi_newton_misses():
-    """Table 1, n = 2: 24 and 36 of 36."""
-    points = reproduce.starts(2)
-    plain = reproduce.quasi_newton(problems.chow, points, "")
-    assert plain["hits"] == 24
-    assert reproduce.homotopy(problems.chow, points, reproduce.LINEAR, 0.0, "")["hits"] == 36
-    assert plain["evaluations"] > plain["steps"] > 1
-
-
 @pytest.mark.parametrize("n", [2, 4, 6])
 def test_many_paths_end_where_the_single_ones_do(n):
-    points = reproduce.starts(n, 8)
-    many = path.track_many(problems.chow, points, reproduce.LINEAR)
+    points = starts(n, 8)
+    many = path.track_many(problems.chow, points, LINEAR)
     assert many.success.all()
     for x, point in zip(many.x, points, strict=True):
-        assert np.abs(x.numpy() - path.track(problems.chow, point, reproduce.LINEAR).x).max() < 1e-5
+        assert np.abs(x.numpy() - path.track(problems.chow, point, LINEAR).x).max() < 1e-5
 
 
-def test_many_paths_take_an_anchor_each(seed):
+@pytest.mark.parametrize("copies", [2, 3, 4])
+def test_many_paths_take_an_anchor_each(seed, copies):
     A, b, _, f = quadratic(4, seed)
     anchors = torch.randn(7, 4, dtype=torch.float64)
-    many = path.track_many(f, torch.randn(7, 4, dtype=torch.float64), [math.inf, 1.0, 0.1], anchors, tolerance=1e-9)
+    x0, Ls = torch.randn(7, 4, dtype=torch.float64), [math.inf, 1.0, 0.1]
+    many = path.track_many(f, x0, Ls, anchors, copies=copies, tolerance=1e-9)
     for x, anchor in zip(many.x, anchors, strict=True):
-        wanted = path.exact_minimiser(A, b, path.QuadraticTerms.of(4, anchor, None, 2), 0.1).mean(0)
+        wanted = path.exact_minimiser(A, b, path.QuadraticTerms.of(4, anchor, None, copies), 0.1).mean(0)
         assert float((x - torch.as_tensor(wanted)).abs().max()) < 1e-8
     assert path.track_many(f, torch.zeros(0, 4, dtype=torch.float64), [1.0]).x.shape == (0, 4)
 
 
 def test_many_paths_are_over_twenty_times_as_fast():
-    points = reproduce.starts(6, 600)
-    path.track_many(problems.chow, points[:4], reproduce.LINEAR)
+    points = starts(6, 600)
+    path.track_many(problems.chow, points[:4], LINEAR)
     start = time.perf_counter()
-    many = path.track_many(problems.chow, points, reproduce.LINEAR)
+    many = path.track_many(problems.chow, points, LINEAR)
     batched = (time.perf_counter() - start) / len(points)
     start = time.perf_counter()
     for point in points[:3]:
-        path.track(problems.chow, point, reproduce.LINEAR, tolerance=1e-6)
+        path.track(problems.chow, point, LINEAR, tolerance=1e-6)
     single = (time.perf_counter() - start) / 3
     assert (many.f < 1e-8).all()
     assert single > 20 * batched, f"{single / batched:.1f}"
@@ -208,30 +193,6 @@ def test_bad_input_to_many_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             path.track_many(**{**dict(f=problems.chow, x0=torch.zeros(5, 2), Ls=[1.0]), **changed})
-
-
-# -------------------------------------------------------------------------------------------------------- the commands
-
-
-@pytest.mark.parametrize("what", list(reproduce.WHAT))
-def test_every_command_leaves_a_table_a_csv_and_a_picture(tmp_path, capsys, what):
-    reproduce.main([what, "--quick", "--out", str(tmp_path)])
-    assert capsys.readouterr().out.strip()
-    with open(tmp_path / f"{what}.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert rows
-    assert (tmp_path / f"{what}.png").read_bytes()[:4] == b"\x89PNG"
-    if what == "figure1":
-        assert (tmp_path / "figure1.gif").read_bytes()[:4] == b"GIF8"
-        assert float(rows[-1]["L"]) == 0
-
-
-def test_theorem_quantities_fall():
-    for rows in (reproduce.convex(2, 300), reproduce.nonconvex(1, 60)):
-        for mode in ("explicit", "implicit"):
-            values = [row["value"] for row in rows if row["mode"] == mode and row["seed"] == 0]
-            assert 0 < values[-1] < values[0]
-    assert reproduce.slope([{"n": n, "value": 3 / n} for n in (10, 100, 1000)]) == pytest.approx(-1)
 
 
 def test_public_names():
