@@ -21,9 +21,31 @@ def quadratic(n, seed):
     return A, b, anchor, lambda x: 0.5 * x @ At @ x - bt @ x
 
 
+@pytest.mark.parametrize("copies", [2, 3, 4])
+def test_the_exact_minimiser_is_where_the_function_as_written_is_stationary(seed, copies):
+    """H from its definition: elements of block b (from 1) are free in the copy j with b = 1 + (j + 1) mod m."""
+    A, b, anchor, f = quadratic(7, seed)
+    labels = 1 + torch.arange(7) * copies // 7
+    free = torch.stack([labels == 1 + (j + 1) % copies for j in range(copies)])
+    assert (free.sum(0) == 1).all()
+    terms = path.QuadraticTerms.of(7, anchor, labels.numpy() - 1, copies)
+    assert np.array_equal(terms.anchored, ~free.numpy())
+    anchor = torch.as_tensor(anchor)
+
+    def H(x, L):
+        pulls = sum(((x[j] - anchor)[~free[j]]).square().sum() for j in range(copies))
+        pairs = sum((x[i] - x[j]).square().sum() for i, j in itertools.combinations(range(copies), 2))
+        return sum(f(x_j) for x_j in x) + L * pulls + pairs / L
+
+    for L in np.geomspace(1e3, 1e-3, 7):
+        x = torch.as_tensor(path.exact_minimiser(A, b, terms, L))
+        gradient = torch.func.grad(H)(x, L)
+        assert float(gradient.abs().max()) < 1e-11 * (L + 1 / L)
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("predictor", [None, "secant"])
-@pytest.mark.parametrize("copies", [2, 3])
+@pytest.mark.parametrize("copies", [2, 3, 4])
 @pytest.mark.parametrize("method", ["BFGS", "L-BFGS-B"])
 def test_a_quadratics_path_is_its_linear_solve(seed, method, copies, predictor, adaptive):
     A, b, anchor, f = quadratic(6, seed)
