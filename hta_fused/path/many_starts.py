@@ -1,0 +1,96 @@
+"""`track_many`: the paths from many starts at once, batched in torch on the device of the starts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bfgs import minimise_many
+from .homotopy import QuadraticTerms, Stage, check_Ls
+from .objective import scalar_value
+
+
+@dataclass(frozen=True)
+class ManyResult:
+    """The ends of many paths, on x0's device.
+
+    Attributes:
+        x, f: [B, n] and [B], as in PathResult.
+        evaluations, steps: int64 [B], of f and its gradient, and of the quasi-Newton method.
+        success: bool [B], every corrector of a path converged; jumps are not looked for.
+    """
+
+    x: Tensor
+    f: Tensor
+    evaluations: Tensor
+    steps: Tensor
+    success: Tensor
+
+
+def track_many(
+    f: Callable[[Tensor], Tensor],
+    x0: Tensor,
+    Ls: Sequence[float],
+    anchor: Any = 0.0,
+    *,
+    copies: int = 2,
+    blocks: Any = None,
+    tolerance: float = 1e-6,
+    curvature: float = 1.0,
+    progress: Callable[[Sequence[float]], Any] = iter,
+) -> ManyResult:
+    """`track` from many starts at once: a batched BFGS in torch, on x0's device.
+
+    Args:
+        f: a function of a 1-D tensor that returns a scalar, of operations that torch.func.vmap can batch.
+        x0: where all copies start, float64 [B, n], or each one's start, [B, m, n].
+        Ls, copies, blocks, curvature: as in `track`. Ls = [0] minimises f itself.
+        anchor: as in `track`, or one for each start, [B, n].
+        tolerance: of the gradient's largest element.
+        progress: wraps the list of Ls for display, as tqdm does.
+
+    Raises:
+        ValueError: as `track`.
+    """
+    values = check_Ls(Ls)
+    if not isinstance(x0, Tensor) or x0.dim() not in (2, 3) or not x0.is_floating_point():
+        raise ValueError(
+            f"x0 must be a float tensor of shape [B, n] or [B, {copies}, n], got {getattr(x0, 'shape', x0)}"
+        )
+    if x0.dim() == 3 and x0.shape[1] != copies:
+        raise ValueError(f"x0 must have shape [B, n] or [B, {copies}, n], got {list(x0.shape)}")
+    count, n = x0.shape[0], x0.shape[-1]
+    offset = torch.zeros_like(x0[:, :1])
+    if isinstance(anchor, Tensor) and anchor.dim() == 2:  # one for each start: the variables are moved so that it is 0
+        if anchor.shape != (count, n):
+            raise ValueError(f"anchor must have shape [n] or {[count, n]}, got {list(anchor.shape)}")
+        offset, anchor = anchor.to(x0), 0.0
+    terms = QuadraticTerms.of(n, anchor, blocks, copies, curvature)
+    x = (x0 if x0.dim() == 3 else x0[:, None].expand(count, copies, n)) - offset[:, None]
+
+    gradient_and_value = torch.func.vmap(torch.func.vmap(torch.func.grad_and_value(f)))
+    evaluations = torch.zeros(count, dtype=torch.int64, device=x0.device)
+    steps, success = torch.zeros_like(evaluations), torch.ones(count, dtype=torch.bool, device=x0.device)
+    for point in x0.reshape(-1, n)[:1]:  # none, where there are no starts
+        if not scalar_value(f, point.detach().clone().requires_grad_()).isfinite():
+            raise ValueError("f must be finite at x0")
+    for L in progress(values):
+        stage = terms.at(L)
+        z = torch.as_tensor(stage.reduce(x.cpu().numpy())).to(x0)
+        stage = stage.to(x0)
+
+        def h(z: Tensor, rows: Tensor, stage: Stage = stage) -> tuple[Tensor, Tensor]:
+            x = stage.expand(z)
+            gradient, value = gradient_and_value(x + offset[rows, None])
+            penalty, pull = stage.value_and_gradient(x)
+            return value.sum(-1) + penalty, (gradient + pull).flatten(1) @ stage.embedding.T
+
+        z, used, taken, converged = minimise_many(h, z, tolerance)
+        steps += taken
+        x = stage.expand(z).expand(count, copies, n)
+        evaluations += used * stage.copies
+        success &= converged
+    final = x.mean(1) + offset
+    return ManyResult(final, torch.func.vmap(f)(final), evaluations + 1, steps, success)

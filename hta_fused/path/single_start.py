@@ -1,0 +1,238 @@
+"""`track`: the path from one start, by scipy's quasi-Newton methods."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .homotopy import QuadraticTerms, check_Ls
+from .objective import Objective
+
+METHODS = ("BFGS", "L-BFGS-B")
+SUSPICIOUS = 5.0  # a move so many times the median of those before it may be a jump, and is looked into
+_FINEST = 1 / 64  # of the distance between two given values of L, in adaptive steps
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """One point of a path.
+
+    Attributes:
+        L: the homotopy parameter.
+        x: the copies, float64 [m, n]; at L = 0 all are equal.
+        value: Σ_j f(x_j) plus the quadratic terms; at L = 0, f(x).
+        evaluations: of f and its gradient, spent on this point.
+        converged: the corrector reached a stationary point.
+        jumped: the copies moved much further than before: the path ended there, or another was met.
+    """
+
+    L: float
+    x: np.ndarray
+    value: float
+    evaluations: int
+    converged: bool
+    jumped: bool
+
+
+@dataclass(frozen=True)
+class PathResult:
+    """A tracked path.
+
+    Attributes:
+        x, f: the last point's mean copy, float64 [n], and f there.
+        per_L: every point, in order.
+        evaluations: of f and its gradient in all.
+        success: the path was followed to the last L without a jump.
+        message: why it stopped, or where it jumped.
+    """
+
+    x: np.ndarray
+    f: float
+    per_L: list[PathPoint]
+    evaluations: int
+    success: bool
+    message: str
+
+    @property
+    def jumps(self) -> list[float]:
+        """The values of L at which the path jumped."""
+        return [point.L for point in self.per_L if point.jumped]
+
+
+def track(
+    f: Any,
+    x0: Any,
+    Ls: Sequence[float],
+    anchor: Any = 0.0,
+    method: str = "BFGS",
+    *,
+    copies: int = 2,
+    blocks: Any = None,
+    predictor: str | None = None,
+    adaptive: bool = False,
+    tolerance: float = 1e-8,
+    curvature: float = 1.0,
+) -> PathResult:
+    """Follows a minimiser of H as L falls, each corrected from the one before.
+
+    Args:
+        f: a function of a 1-D float64 tensor that returns a scalar tensor, or a pair of NumPy functions (f, gradient).
+        x0: where all copies start, [n], or each one's start, [m, n].
+        Ls: falling values of L, 0 ≤ L ≤ ∞; begin with math.inf for the decoupled problems (2), end with 0 for f.
+        anchor: θ̃, a number or [n].
+        method: the corrector, scipy's "BFGS" or "L-BFGS-B".
+        copies: m, at least 2.
+        blocks: for each variable the number of its block, 0 to m − 1; by default m runs of equal length.
+        predictor: "secant" starts each corrector from the line through the last two points (in log L).
+        adaptive: choose the steps between the first and the last of `Ls`: halved after a failure or a jump, half as
+            long again after a success.
+        tolerance: of the gradient's largest element, in coordinates in which H's quadratic terms are well conditioned.
+        curvature: what f's second derivatives are thought to be; only the speed depends on it.
+
+    Returns:
+        A PathResult; a jump of the path is in it, and makes `success` False.
+
+    Raises:
+        ValueError: f does not return a scalar, has no gradient or is not finite at x0; Ls is empty or does not fall;
+            x0, anchor or blocks of a wrong shape; an unknown method or predictor.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if predictor not in (None, "secant"):
+        raise ValueError(f"predictor must be None or 'secant', got {predictor!r}")
+    values = check_Ls(Ls)
+    start = np.asarray(x0.detach().cpu() if isinstance(x0, Tensor) else x0, dtype=np.float64)
+    n = start.shape[-1] if start.ndim else 0
+    if start.ndim not in (1, 2) or n < 1 or (start.ndim == 2 and start.shape[0] != copies):
+        raise ValueError(f"x0 must have shape [n] or [{copies}, n], got {list(start.shape)}")
+    terms = QuadraticTerms.of(n, anchor, blocks, copies, curvature)
+    objective = Objective(f)
+    x = np.broadcast_to(start, (copies, n)).copy()
+    value, _ = objective(x[0])
+    if not math.isfinite(value):
+        raise ValueError(f"f must be finite at x0, got {value}")
+
+    correct = partial(_correct, objective, terms, method, tolerance)
+    points: list[PathPoint] = []
+    position, step, message = 0.0, 1.0, ""
+    while position <= len(values) - 1:
+        L = _between(values, position)
+        guess = _secant(points, L) if predictor else None
+        point = correct(L, x if guess is None else guess)
+        if point.converged and _jumped(points, point, correct):
+            point = replace(point, jumped=True)
+        if adaptive and points and step > _FINEST and (point.jumped or not point.converged):
+            position -= step / 2
+            step /= 2
+            continue
+        points.append(point)
+        x = point.x
+        if not point.converged:
+            message = f"the corrector did not converge at L = {L:.6g}"
+            break
+        if position == len(values) - 1:
+            break
+        # Between ∞ and the next value there is nothing.
+        step = min(1.5 * step, len(values) - 1 - position) if adaptive and not math.isinf(L) else 1.0
+        position = min(position + step, len(values) - 1)
+    final = x.mean(0)
+    jumps = [f"{point.L:.6g}" for point in points if point.jumped]
+    if not message:
+        message = f"followed to L = {points[-1].L:.6g}"
+        if jumps:
+            message += f", but the path jumped at L = {', '.join(jumps)}"
+    value, _ = objective(final)
+    success = points[-1].converged and not jumps
+    return PathResult(final, value, points, objective.evaluations, success, message)
+
+
+def _between(values: list[float], position: float) -> float:
+    """L at a real-valued position in the list: geometric between two values, linear down to 0."""
+    i = min(int(position), len(values) - 1)
+    part = position - i
+    if part == 0:
+        return values[i]
+    upper, lower = values[i], values[i + 1]
+    return upper ** (1 - part) * lower**part if lower > 0 else upper * (1 - part)
+
+
+def _secant(points: list[PathPoint], L: float) -> np.ndarray | None:
+    """The copies at L on the line through the last two points, where there is one."""
+    if len(points) < 2 or L == 0 or math.isinf(points[-2].L):
+        return None
+    before, last = points[-2], points[-1]
+    factor = math.log(L / last.L) / math.log(last.L / before.L)
+    return last.x + factor * (last.x - before.x)
+
+
+def _correct(
+    objective: Objective, terms: QuadraticTerms, method: str, tolerance: float, L: float, x: np.ndarray
+) -> PathPoint:
+    """The minimiser of H at L that the corrector finds from x."""
+    from scipy.optimize import minimize
+
+    stage = terms.at(L)
+    before = objective.evaluations
+
+    def h(z: np.ndarray) -> tuple[float, np.ndarray]:
+        copies = stage.expand(z)
+        value, gradient = stage.value_and_gradient(copies)
+        parts = [objective(copy) for copy in copies]
+        gradient = np.stack([g for _, g in parts]) + gradient
+        return sum(v for v, _ in parts) + value, stage.embedding @ gradient.ravel()
+
+    options = {"gtol": tolerance}
+    if method == "L-BFGS-B":
+        options |= {"ftol": 0.0, "maxiter": 10_000, "maxfun": 100_000}
+    with np.errstate(all="ignore"):  # a step into infinity is taken back
+        found = minimize(h, stage.reduce(x), jac=True, method=method, options=options)
+    z, (value, gradient) = found.x, h(found.x)
+    # f's own rounding ends a line search at half the digits; steps that look at the gradient alone go on.
+    for _ in range(40):
+        if np.abs(gradient).max(initial=0.0) <= tolerance:
+            break
+        trial = z - found.hess_inv @ gradient
+        trial_value, trial_gradient = h(trial)
+        no_worse = trial_value <= value + 1e-10 * (1 + abs(value))  # else it is on its way to a saddle or a maximum
+        if not (no_worse and np.abs(trial_gradient).max() < 0.9 * np.abs(gradient).max()):
+            break
+        z, value, gradient = trial, trial_value, trial_gradient
+    copies = np.broadcast_to(stage.expand(z), terms.shape).copy()
+    converged = bool(
+        np.isfinite(value) and np.abs(gradient).max(initial=0.0) <= max(tolerance, 1e-6 * max(1.0, abs(value)))
+    )
+    return PathPoint(L, copies, float(value), objective.evaluations - before, converged, False)
+
+
+def _jumped(points: list[PathPoint], point: PathPoint, correct: Callable[[float, np.ndarray], PathPoint]) -> bool:
+    """Whether the path broke off before `point`: a move out of proportion, which no smaller steps in L divide."""
+    if not points or not _suspicious(points, point.x, point.L):
+        return False
+    before, after = points[-1], point
+    for _ in range(6):
+        distance = np.linalg.norm(after.x - before.x)
+        middle = correct(math.sqrt(before.L * after.L) if after.L > 0 else before.L / 10, before.x)
+        after = correct(after.L, middle.x)
+        first, second = np.linalg.norm(middle.x - before.x), np.linalg.norm(after.x - middle.x)
+        if max(first, second) < 0.8 * distance:
+            return False
+        before, after = (before, middle) if first > second else (middle, after)
+    return True
+
+
+def _suspicious(points: list[PathPoint], x: np.ndarray, L: float) -> bool:
+    """Whether the move to x is visible, and out of proportion to those before it (per step of log L)."""
+    finite = [point for point in points if not math.isinf(point.L)]
+    if len(finite) < 3:
+        return False
+    steps = [math.log(a.L / b.L) for a, b in itertools.pairwise(finite)]
+    moves = [np.linalg.norm(b.x - a.x) / s for (a, b), s in zip(itertools.pairwise(finite), steps, strict=True)]
+    step = math.log(finite[-1].L / L) if L > 0 else steps[-1]
+    distance = np.linalg.norm(x - finite[-1].x)
+    visible = distance > 0.05 * (1 + np.linalg.norm(x) / math.sqrt(len(x)))
+    return bool(visible and distance / step > SUSPICIOUS * np.median(moves[-5:]))
