@@ -20,7 +20,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(READY)
-	for what in ops step scaling train; do $(BIN)/hta-bench $$what --out $(RESULTS) $(ARGS) || exit 1; done
+	for what in ops step copies scaling train; do $(BIN)/hta-bench $$what --out $(RESULTS) $(ARGS) || exit 1; done
 	$(BIN)/hta-bench report $(RESULTS)
 
 gpu:
@@ -31,7 +31,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(READY): requirements.txt setup.py pyproject.toml $(wildcard csrc/*)
+$(READY): requirements.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install -q -r requirements.txt
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .

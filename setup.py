@@ -23,6 +23,7 @@ except ImportError:
     )
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10: the oldest release whose stable ABI has what we call
+SOURCES = [path for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
 CUDA_TARGETS = ("60", "70", "75", "80", "86", "89", "90", "100", "120")
 
 
@@ -71,7 +72,7 @@ def cuda_targets(nvcc: str) -> tuple[list[str], str]:
 
 
 class Build(BuildExtension):
-    """Compiles cuda.cu by itself, since torch.utils.cpp_extension refuses CUDA beside a CPU-only torch."""
+    """Compiles launch.cu by itself, since torch.utils.cpp_extension refuses CUDA beside a CPU-only torch."""
 
     def build_extension(self, extension) -> None:
         nvcc = find_nvcc()
@@ -91,7 +92,7 @@ class Build(BuildExtension):
         targets, ptx = cuda_targets(nvcc)
         out = Path(self.build_temp) / "cuda.o"
         out.parent.mkdir(parents=True, exist_ok=True)
-        command = [nvcc, "-c", "csrc/cuda.cu", "-o", str(out), "-O3", "-std=c++17", "-fmad=false", "-t", "0",
+        command = [nvcc, "-c", "csrc/gpu/launch.cu", "-Icsrc", "-o", str(out), "-O3", "-std=c++17", "-fmad=false", "-t", "0",
                    "-Xcompiler", "-fPIC,-fvisibility=hidden"]  # fmt: skip
         command += [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
         if ptx:
@@ -99,8 +100,7 @@ class Build(BuildExtension):
         if os.environ.get("CXX"):
             command += ["-ccbin", os.environ["CXX"].split()[0]]
         say(f"compiling CUDA kernels for {', '.join(targets)}{f', PTX of {ptx}' if ptx else ''}")
-        sources = [Path(f"csrc/{name}") for name in ("cuda.cu", "cuda.cuh", "kernels.h", "homotopy.h")]
-        stamp, newest = out.with_suffix(".command"), max(path.stat().st_mtime for path in sources)
+        stamp, newest = out.with_suffix(".command"), max(path.stat().st_mtime for path in SOURCES)
         if not (out.exists() and stamp.exists() and stamp.read_text() == str(command) and out.stat().st_mtime > newest):
             subprocess.run(command, check=True)
             stamp.write_text(str(command))
@@ -122,9 +122,9 @@ def extensions() -> list:
     return [
         CppExtension(
             "hta_fused._C",
-            ["csrc/ops.cpp", "csrc/cpu.cpp"],
+            ["csrc/bind.cpp", "csrc/cpu/kernels.cpp"],
             include_dirs=["csrc"],
-            depends=[f"csrc/{name}" for name in ("homotopy.h", "kernels.h", "cpu_loops.h", "cuda.cuh", "cuda.cu")],
+            depends=[str(path) for path in SOURCES],
             # No contraction into FMA: the same bits on every processor.
             extra_compile_args={
                 "cxx": [
@@ -132,6 +132,7 @@ def extensions() -> list:
                     "-g0",
                     "-std=c++20",
                     "-ffp-contract=off",
+                    "-fno-math-errno",  # so that a square root is one instruction
                     "-fvisibility=hidden",
                     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
                 ]

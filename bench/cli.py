@@ -1,6 +1,7 @@
 """hta-bench: measures, prints a table, and writes a JSON and a picture.
 
-    hta-bench step       HomotopySGD.step against its rivals, on models' own lists of tensors
+    hta-bench step       the step against its rivals, on models' own lists of tensors
+    hta-bench copies     one flat buffer: SGD and AdamW in one to eight copies, kinds of labels, another version
     hta-bench ops        one flat buffer: the roofline, anchors, random labels, small sizes, the penalty
     hta-bench scaling    time against size, number of tensors, threads
     hta-bench train      a training step of HTA, of SGD, and of the usual script
@@ -14,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from typing import Any
 import torch
 
 from hta_fused.files import save_atomically, write_json, write_text
+from hta_fused.ops import MAX_COPIES
 
-from . import measure, plots, workloads
+from . import measure, plots, rivals, workloads
 
 Result = dict[str, Any]
 
@@ -46,7 +49,7 @@ def ops(options: argparse.Namespace) -> Iterator[Result]:
     for n in (10**3, 10**4, 10**5, 10**6, 10**7, 10**8):
         result = measure.step(partial(workloads.flat, n), rounds, roof=False)
         if n == 1000:
-            measure.ratio_claims(result, {measure.rivals.FLOOR_IN_ONE: 1.2})
+            measure.ratio_claims(result, {rivals.FLOOR_IN_ONE: 1.2})
         yield result
     yield measure.penalty(measure.FLAT, rounds)
 
@@ -69,6 +72,19 @@ def scaling(options: argparse.Namespace) -> Iterator[Result]:
     yield measure.against_size(sizes, options.rounds)
     yield measure.against_tensors([1, 10, 100, 1000], 15_360_000, options.rounds)
     yield measure.against_threads(measure.FLAT, options.rounds)
+
+
+def copies(options: argparse.Namespace) -> Iterator[Result]:
+    n, rounds = (20_000 if options.quick else measure.FLAT), options.rounds
+    counts = options.copies or ([1, 2] if options.quick else [1, 2, 3, 4, 8])
+    with ExitStack() as stack:
+        other = stack.enter_context(measure.Elsewhere(options.against, n)) if options.against else None
+        for proposal in options.proposals:
+            for m in counts:
+                comparable = other if (proposal, m) == ("SGD", 2) else None
+                yield measure.copies(m, proposal, n, rounds, comparable, claims=not options.quick)
+            yield measure.against_copies(counts, proposal, n, rounds)
+            yield measure.label_kinds(proposal, n, rounds)
 
 
 def train(options: argparse.Namespace) -> Iterator[Result]:
@@ -104,7 +120,7 @@ def draw(what: str, results: list[Result], path: Path, caption: str) -> None:
     """The picture of one command's results."""
 
     def picture(partial: Path) -> None:
-        if what == "scaling":
+        if what in ("scaling", "copies"):
             plots.scaling(results, partial, caption)
         elif what == "ops":
             plots.roofline(results[0], partial, caption)
@@ -116,6 +132,7 @@ def draw(what: str, results: list[Result], path: Path, caption: str) -> None:
 
 WHAT: dict[str, Callable[[argparse.Namespace], Iterator[Result]]] = {
     "ops": ops,
+    "copies": copies,
     "step": step,
     "train": train,
     "scaling": scaling,
@@ -139,6 +156,17 @@ def main(argv: list[str] | None = None) -> None:
             command.add_argument(
                 "--models", nargs="+", default=list(workloads.MODELS), metavar="NAME", help=f"of {known}"
             )
+        if name == "copies":
+            command.add_argument(
+                "--copies", nargs="+", type=int, metavar="M", help="how many (default 1 2 3 4 8; 1 2 with --quick)"
+            )
+            known = ", ".join(rivals.PROPOSALS)
+            command.add_argument(
+                "--proposals", nargs="+", default=list(rivals.PROPOSALS), metavar="NAME", help=f"of {known}"
+            )
+            command.add_argument(
+                "--against", type=Path, metavar="CHECKOUT", help="another, built checkout to time beside"
+            )
     joiner = commands.add_parser("report", help="join a folder's JSONs into one Markdown page")
     joiner.add_argument("dir", type=Path)
     options = parser.parse_args(argv)
@@ -154,9 +182,13 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--rounds must be at least 2, got {options.rounds}")
         if options.threads < 0:
             raise ValueError(f"--threads must not be negative, got {options.threads}")
-        for name in getattr(options, "models", []):
-            if name not in workloads.MODELS:
-                raise ValueError(f"--models must be among {', '.join(workloads.MODELS)}, got {name!r}")
+        for flag, names in (("models", list(workloads.MODELS)), ("proposals", list(rivals.PROPOSALS))):
+            for name in getattr(options, flag, []):
+                if name not in names:
+                    raise ValueError(f"--{flag} must be among {', '.join(names)}, got {name!r}")
+        for m in getattr(options, "copies", None) or []:
+            if not 1 <= m <= MAX_COPIES:
+                raise ValueError(f"--copies must be from 1 to {MAX_COPIES}, got {m}")
         if options.threads:
             torch.set_num_threads(options.threads)
         machine = measure.machine()

@@ -88,7 +88,7 @@ hta.use_backend("{backend}")
 torch.set_default_device("cuda")
 n = {n}
 model = torch.nn.ParameterList([torch.randn(n)])
-replicas = hta.Replicas(model, {{"0": 1}})
+replicas = hta.Replicas(model, partition={{"0": 1}})
 optimizer = hta.HomotopySGD(replicas, 0.1, 0.9, skip_nonfinite=False)
 optimizer.step(); optimizer.step()
 torch.cuda.synchronize()

@@ -9,11 +9,12 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 import hta_fused as hta
+from hta_fused.couplings import Coupling
 from hta_fused.train.report import processor
 from hta_fused.train.vgg import VGG
 
@@ -31,7 +33,7 @@ from . import rivals, workloads
 from .rivals import MOMENTUM, WEIGHT_DECAY, Step
 from .workloads import Workload
 
-OURS, GUARDED = "HomotopySGD.step", "HomotopySGD.step, skipping non-finite steps"
+OURS, GUARDED = "CoupledOptimizer.step", "CoupledOptimizer.step, skipping non-finite steps"
 Times = dict[str, tuple[float, float]]  # name: seconds, spread
 
 
@@ -53,7 +55,9 @@ def machine() -> dict[str, Any]:
 
 
 def seconds_of(step: Callable[[], Any], repeats: int, gpu: bool) -> float:
-    """The time of one of `repeats` steps; on a GPU, between events on its stream."""
+    """The time of one of `repeats` steps; on a GPU, between events on its stream; elsewhere, as it says itself."""
+    if isinstance(step, Elsewhere):
+        return step.seconds(repeats)
     if not gpu:
         start = time.perf_counter()
         for _ in range(repeats):
@@ -76,20 +80,24 @@ def measure(
 ) -> Times:
     """Median seconds of each step and half its interquartile distance, over interleaved rounds.
 
-    A step shorter than a millisecond is repeated within a round until it is not. `before` runs untimed.
+    A step shorter than a millisecond is repeated within a round until it is not. `before` runs untimed, and so does each
+    step itself once before its turn, unless it is long: none pays for the caches and sleeping threads of the last one.
     `gpu` says who does the work; by default where tensors are made.
     """
     gpu = on_gpu() if gpu is None else gpu
-    repeats = {}
+    repeats, long = {}, {}
     for name, step in steps.items():
         step()
         once = seconds_of(step, 1, gpu)
+        long[name] = once > 0.1
         repeats[name] = max(1, min(1000, round(1e-3 / max(once, 1e-7))))
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             if before and name in before:
                 before[name]()
+            if not long[name]:
+                step()
             times[name].append(seconds_of(step, repeats[name], gpu))
     result = {}
     for name, values in times.items():
@@ -132,90 +140,109 @@ def memory_and_calls(step: Step) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------------- the roof
 
 
-ROOFS = ("triad, streaming stores", "triad, in place", "copy, device to device")
+TRIADS = ("triad, streaming stores", "triad, in place", "triad, in place, prefetched")
+COPY, MIX = "copy, device to device", "the step's streams, no arithmetic"
+ROOFS = (*TRIADS, COPY)  # the fastest of them is the roof
 
 
-def roofs(total: int) -> dict[str, Callable[[], None]]:
-    """What moves `total` bytes as fast as the machine can: a copy on a GPU, two triads on the CPU."""
+def roofs(load: Workload) -> dict[str, Callable[[], Any]]:
+    """What moves as many bytes as the workload's buffers hold as fast as the machine can: a copy on a GPU; on the CPU
+    triads, and the reads and writes of the step itself, over its own buffers."""
+    total = max(12, sum(t.nbytes for part in load.streams for t in part))
     if on_gpu():
         a, b = torch.randn(2, total // 8)
-        return {ROOFS[2]: lambda: b.copy_(a)}
-    return triads(total // 12)
+        return {COPY: partial(b.copy_, a)}
+    library = plain_loops()
+    written, read = ([row for t in part for row in (t if t.dim() > 1 else [t])] for part in load.streams)
+    words = written[0].nbytes // 4
+    pointers = [(ctypes.c_void_p * len(part))(*(row.data_ptr() for row in part)) for part in (written, read)]
+
+    def mix() -> None:
+        library.mix(
+            pointers[0], len(written), pointers[1], len(read), ctypes.c_int64(words), torch.get_num_threads(), 0
+        )
+
+    return {**triads(library, total // 12), MIX: mix}
 
 
-def triads(elements: int) -> dict[str, Callable[[], None]]:
-    """The triad of triad.cpp on torch's number of threads, over three arrays of `elements` float32 each."""
-    library = Path(tempfile.mkdtemp()) / "triad.so"
-    source = Path(__file__).with_name("triad.cpp")
-    compiler = os.environ.get("CXX", "c++")
-    subprocess.run([compiler, "-O3", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-    triad = ctypes.CDLL(str(library)).triad
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads)
+def rest() -> None:
+    """Until torch's threads, which spin for some 4 ms in hope of more work, leave the cores to others."""
+    time.sleep(0.01)
+
+
+def plain_loops() -> ctypes.CDLL:
+    """triad.cpp, built for this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "triad.so"
+        source, compiler = Path(__file__).with_name("triad.cpp"), os.environ.get("CXX", "c++")
+        flags = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread"]
+        subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library))
+
+
+def triads(library: ctypes.CDLL, elements: int) -> dict[str, Callable[[], None]]:
+    """A STREAM-like triad on torch's number of threads, over three arrays of `elements` float32 each."""
     a, b, c = (torch.randn(elements) for _ in range(3))
-    bounds = [elements * i // threads // 1024 * 1024 for i in range(threads)] + [elements]
 
-    def run(a: Tensor, b: Tensor, c: Tensor, stream: int) -> None:
-        def part(i: int) -> None:
-            pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, b, c)]
-            triad(*pointers, ctypes.c_float(1e-3), ctypes.c_int64(bounds[i]), ctypes.c_int64(bounds[i + 1]), stream)
+    def run(a: Tensor, kind: int) -> None:
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, b, c)]
+        library.triad(*pointers, ctypes.c_float(1e-9), ctypes.c_int64(elements), torch.get_num_threads(), kind)
 
-        list(pool.map(part, range(threads)))
-
-    return {ROOFS[0]: lambda: run(a, b, c, 1), ROOFS[1]: lambda: run(b, b, c, 0)}
+    return {TRIADS[0]: lambda: run(a, 1), TRIADS[1]: lambda: run(b, 0), TRIADS[2]: lambda: run(b, 2)}
 
 
 # --------------------------------------------------------------------------------------------------------- the rivals
 
 
 def contenders(make: Callable[..., Workload], names: Iterable[str] | None = None) -> tuple[Workload, dict, dict]:
-    """Our step and every rival's over the same buffers, each checked against ours from the same start.
+    """Our step and the rivals' over the same buffers, each checked against ours from the same start.
+
+    Args:
+        names: of the rivals, `rivals.FLOOR` apart, which is always there; by default all.
 
     Returns:
         The workload, the steps by name, and what must run (untimed) before some of them.
     """
     load = make()
     optimizer, problem = load.optimizer, load.problem
-    buffers = [*load.flat, *optimizer.replicas.grads]
+    written, gradients = load.streams[0], optimizer.replicas.grads
+    buffers = [*written, gradients]
     start = [b.clone() for b in buffers]
 
-    def reset() -> None:
+    def reset(coupling: Coupling) -> None:
         for buffer, saved in zip(buffers, start, strict=True):
             buffer.copy_(saved)
+        load.rewind()
+        optimizer.coupling = problem.coupling = coupling
 
-    optimizer.step()
-    implicit = [b.clone() for b in load.flat]
-    steps: dict[str, Step] = {OURS: optimizer.step}
-    for name, rival in rivals.IMPLICIT.items():
-        if names is not None and name not in names:
-            continue
-        reset()
-        steps[name] = rival(problem)
-        steps[name]()
-        agree(name, load.flat, implicit)
-    before: dict[str, Step] = {}
-    if names is None or rivals.NAIVE in names:
-        # The naive way is the explicit mode. It needs an L at which that does not diverge; its time does not depend on L.
-        reset()
-        problem.L, optimizer.param_groups[0]["mode"], optimizer.L = 10.0, "explicit", 10.0
+    def checked(coupling: Coupling, makers: dict[str, Callable[[rivals.Problem], Step]]) -> dict[str, Step]:
+        """The steps of the rivals that are wanted, after each has left what ours leaves."""
+        makers = {name: rival for name, rival in makers.items() if names is None or name in (rivals.FLOOR, *names)}
+        if not makers:
+            return {}
+        reset(coupling)
         optimizer.step()
-        explicit = [b.clone() for b in load.flat]
-        reset()
-        steps[rivals.NAIVE] = rivals.autograd_and_sgd(problem)
-        steps[rivals.NAIVE]()
-        agree(rivals.NAIVE, load.flat, explicit)
-        problem.L, optimizer.param_groups[0]["mode"], optimizer.L = 0.01, "implicit", 0.01
-        gradients = start[4:]
+        ours = [b.clone() for b in written]
+        steps = {}
+        for name, rival in makers.items():
+            reset(coupling)
+            steps[name] = rival(problem)
+            steps[name]()
+            agree(name, written, ours)
+        return steps
 
-        def fresh_gradients() -> None:  # backward() has added the penalty's to them
-            for buffer, saved in zip(optimizer.replicas.grads, gradients, strict=True):
-                buffer.copy_(saved)
-
-        before[rivals.NAIVE] = fresh_gradients
-    reset()
-    steps[rivals.FLOOR] = rivals.two_plain_sgds(problem)
-    if names is None:
-        steps[rivals.FLOOR_IN_ONE] = rivals.one_plain_sgd(problem)
+    coupling = optimizer.coupling
+    steps: dict[str, Step] = {OURS: optimizer.step, **checked(coupling, rivals.COUPLED)}
+    before: dict[str, Callable[[], Any]] = {}
+    if load.copies > 1:
+        # The naive way is the explicit mode. It needs an L at which that does not diverge; its time does not depend on L.
+        steps |= checked(hta.Explicit(10.0), {rivals.NAIVE: rivals.autograd})
+        before[rivals.NAIVE] = partial(gradients.copy_, start[-1])  # backward() has added the penalty's to them
+    floors = dict(rivals.FLOORS)
+    if load.copies == 1:
+        del floors[rivals.FLOOR_IN_ONE]  # the same
+    steps |= checked(hta.Toward(0.0), floors)  # no coupling at all
+    reset(coupling)
     return load, steps, before
 
 
@@ -232,12 +259,18 @@ def agree(name: str, theirs: list[Tensor], ours: list[Tensor]) -> None:
 
 
 def step(
-    make: Callable[..., Workload], rounds: int, *, roof: bool = True, details: bool = True, names=None
+    make: Callable[..., Workload],
+    rounds: int,
+    *,
+    roof: bool = True,
+    details: bool = True,
+    names: Iterable[str] | None = None,
+    more: dict[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Any]:
-    """HomotopySGD.step and every rival on one workload."""
+    """CoupledOptimizer.step and every rival on one workload, and whatever else is to be timed in the same rounds."""
     gc.collect()  # the last workload's buffers
     load, steps, before = contenders(make, names)
-    optimizer = load.optimizer
+    optimizer, copies = load.optimizer, load.copies
 
     def guarded() -> None:
         optimizer.skip_nonfinite = True
@@ -246,17 +279,22 @@ def step(
 
     steps = {OURS: steps.pop(OURS), GUARDED: guarded, **steps}
     extra = {name: memory_and_calls(s) for name, s in steps.items()} if details else {}
-    size = load.problem.theta[0].element_size()
+    size = load.problem.copies[0][0].element_size()
     n, tensors = load.elements, len(optimizer.replicas.layout.names)
     if roof:
-        steps |= roofs(max(12, 7 * size * n))  # as much memory as the step's seven buffers
-    times = measure(steps, rounds, before)
-    per_element = {OURS: load.bytes_per_element, GUARDED: load.bytes_per_element + 2 * size, rivals.FLOOR: 10.0 * size}
-    if rivals.FLOOR_IN_ONE in times:
-        per_element[rivals.FLOOR_IN_ONE] = 10.0 * size
-    per_element |= {name: 7.0 * size for name in times if name in ROOFS}
+        own = roofs(load)
+        steps |= own
+        before |= dict.fromkeys(own, rest)
+    times = measure({**steps, **(more or {})}, rounds, before)
+    moved = size * (load.buffers + copies * len(load.streams[0]))  # each buffer read, and some written
+    as_plain = moved - size * (optimizer.replicas.anchor is not None)
+    triad = float(size * load.buffers)
+    per_element = {OURS: load.bytes_per_element, GUARDED: load.bytes_per_element + copies * size, MIX: float(moved)}
+    per_element |= {**dict.fromkeys(rivals.FLOORS, float(as_plain)), **dict.fromkeys(ROOFS, triad)}
+    per_element = {name: b for name, b in per_element.items() if name in times}
+    title = f"{load.name}: {_elements(n)} in {tensors} tensor{'s' * (tensors != 1)}"
     result: dict[str, Any] = {
-        "title": f"{load.name}: {_elements(n)} in {tensors} tensor{'s' * (tensors != 1)}",
+        "title": f"{title}, {copies} cop{'ies' if copies > 1 else 'y'}, {type(load.problem.proposal).__name__}",
         "base": OURS,
         "elements": n,
         "times": times,
@@ -270,7 +308,7 @@ def step(
         result["memory"] = {name: m for name, (m, _) in extra.items()}
         result["calls"] = {name: c for name, (_, c) in extra.items()}
     # Every rival that does what ours does must not be faster by more than the spread.
-    rival_names = [r for r in (*rivals.IMPLICIT, rivals.NAIVE) if r in times]
+    rival_names = [r for r in (*rivals.COUPLED, rivals.NAIVE) if r in times]
     result["beaten_by"] = [r for r in rival_names if times[r][0] < times[OURS][0] and not tie(times, r, OURS)]
     return result
 
@@ -280,7 +318,7 @@ def ratio_claims(result: dict[str, Any], bounds: dict[str, float]) -> None:
     times, base = result["times"], result["times"][OURS][0]
     claims = result.setdefault("claims", [])
     for name, bound in bounds.items():
-        if name in (rivals.FLOOR, rivals.FLOOR_IN_ONE):
+        if name in rivals.FLOORS:
             claims.append(claim(f"ours over {name}", base / times[name][0], bound, "at most"))
         elif name == "roof":
             claims.append(claim("bandwidth over the roof's", result["roof"][OURS], bound, "at least"))
@@ -355,6 +393,117 @@ def against_threads(elements: int, rounds: int) -> dict[str, Any]:
     return {"title": f"Time against threads, {elements:,} elements", "threads": counts, **series}
 
 
+# --------------------------------------------------------------------------------------------------------------- copies
+
+
+class Elsewhere:
+    """The step of a version in another checkout, in a process of its own: builds its flat workload of two copies, and
+    steps as often as it is told to. Use it as a context."""
+
+    PROGRAM = """
+import sys, time, torch
+torch.set_num_threads(int(sys.argv[2]))
+import hta_fused
+from bench.workloads import flat
+step = flat(int(sys.argv[1])).optimizer.step
+print(hta_fused.__version__, hta_fused.__file__, flush=True)
+for line in sys.stdin:
+    step()
+    start = time.perf_counter()
+    for _ in range(int(line)):
+        step()
+    print(time.perf_counter() - start, flush=True)
+"""
+
+    def __init__(self, checkout: Path, elements: int):
+        self.checkout, self.elements = checkout.resolve(), elements
+
+    def __enter__(self) -> "Elsewhere":
+        command = [sys.executable, "-c", self.PROGRAM, str(self.elements), str(torch.get_num_threads())]
+        environment = {**os.environ, "PYTHONPATH": str(self.checkout)}
+        self.process = subprocess.Popen(
+            command, cwd=self.checkout, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        version, _, file = self._line().partition(" ")
+        if not Path(file).is_relative_to(self.checkout):
+            self.process.communicate()
+            raise ValueError(f"--against must be a checkout of hta_fused, but {self.checkout} led to {file}")
+        self.name = f"version {version} in {self.checkout.name}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        if not line:
+            raise ValueError(f"--against: the version in {self.checkout} stopped with status {self.process.wait()}")
+        return line
+
+    def seconds(self, repeats: int) -> float:
+        """The time of one of `repeats` steps."""
+        assert self.process.stdin is not None
+        rest()
+        print(repeats, file=self.process.stdin, flush=True)
+        seconds = float(self._line()) / repeats
+        rest()
+        return seconds
+
+    def __call__(self) -> None:
+        """Nothing: it is only ever timed, and warms up by itself."""
+
+
+def copies(
+    m: int, proposal: str, elements: int, rounds: int, other: Elsewhere | None = None, claims: bool = True
+) -> dict[str, Any]:
+    """The step of m copies of a flat buffer beside all that does the same, and beside `other`."""
+    make = partial(workloads.flat, elements, copies=m, proposal=proposal)
+    result = step(make, rounds, names=rivals.COUPLED, more={other.name: other} if other else None)
+    if claims:
+        ratio_claims(result, {"roof": 0.95, rivals.FLOOR: 1.1, "torch.compile": 1.0, "torch._foreach_*": 1.0})
+        if other:
+            ratio = result["times"][OURS][0] / result["times"][other.name][0]
+            result["claims"].append(claim(f"ours over {other.name}", ratio, 1.02, "at most"))
+    return result
+
+
+def against_copies(counts: list[int], proposal: str, elements: int, rounds: int) -> dict[str, Any]:
+    """Time per copy against the number of copies, in the same rounds."""
+    gc.collect()
+    steps: dict[str, Callable[[], Any]] = {}
+    for m in counts:
+        load = workloads.flat(elements, copies=m, proposal=proposal)
+        steps |= {f"{OURS} {m}": load.optimizer.step, f"{rivals.FLOOR} {m}": rivals.plain_optimizers(load.problem)}
+    times = measure(steps, rounds)
+    series = {name: [times[f"{name} {m}"][0] / m for m in counts] for name in (OURS, rivals.FLOOR)}
+    result = {"title": f"Time per copy, {_elements(elements)}, {proposal}", "copies": counts, **series}
+    if {2, 8} <= set(counts):
+        ours = dict(zip(counts, series[OURS], strict=True))
+        result["claims"] = [claim("time per copy, 8 copies over 2", ours[8] / ours[2], 1.0, "at most")]
+    return result
+
+
+def label_kinds(proposal: str, elements: int, rounds: int) -> dict[str, Any]:
+    """What labels of one's own cost two copies, in the same rounds."""
+    gc.collect()
+    kinds = {"structural": "structural", "a byte an element": "random", "hashed": "hashed"}
+    loads = {name: workloads.flat(elements, labels=kind, proposal=proposal) for name, kind in kinds.items()}
+    times = measure({name: load.optimizer.step for name, load in loads.items()}, rounds)
+    bytes_ = {name: load.bytes_per_element for name, load in loads.items()}
+    base = times["structural"][0]
+    return {
+        "title": f"Kinds of labels, two copies, {_elements(elements)}, {proposal}",
+        "base": "structural",
+        "times": times,
+        "bytes": bytes_,
+        "bandwidth": {name: b * elements / times[name][0] for name, b in bytes_.items()},
+        "claims": [
+            claim(f"{name} over structural", times[name][0] / base, 1.15, "at most") for name in list(kinds)[1:]
+        ],
+    }
+
+
 # -------------------------------------------------------------------------------------------------------------- training
 
 
@@ -409,7 +558,7 @@ def training(
 
     both, one, usual_name = "HTA, both copies", "SGD(fused=True)", "the usual script (DataLoader, float32)"
     steps = {both: hta_step, one: sgd_step, **({usual_name: usual_step} if usual else {})}
-    times = measure({**steps, "the update alone (HomotopySGD.step)": homotopy.step}, rounds)
+    times = measure({**steps, "the update alone": homotopy.step}, rounds)
     ratio = times[both][0] / times[one][0]
     return {
         "title": f"Training {name.upper()}{f' at width {width:g}' if width != 1 else ''}, batch {batch}, "
@@ -417,7 +566,7 @@ def training(
         "base": both,
         "times": times,
         "images_per_second": {n: (2 if n == both else 1) * batch / times[n][0] for n in steps},
-        "update_share": times["the update alone (HomotopySGD.step)"][0] / times[both][0],
+        "update_share": times["the update alone"][0] / times[both][0],
         "claims": [
             claim("HTA's step over SGD's", ratio, 2.02, "at most"),
             claim("images/s per copy over SGD's", 2 / ratio, 0.95, "at least"),
@@ -467,6 +616,9 @@ def penalty(elements: int, rounds: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------- tables
 
 
+AXES = ("sizes", "counts", "threads", "copies")
+
+
 def show(result: dict[str, Any]) -> str:
     """A result as Markdown."""
     lines = [f"### {result['title']}", ""]
@@ -497,7 +649,7 @@ def show(result: dict[str, Any]) -> str:
         if "update_share" in result:
             lines += ["", f"The update takes {100 * result['update_share']:.1f} % of HTA's step."]
     else:
-        axis = next(key for key in ("sizes", "counts", "threads") if key in result)
+        axis = next(key for key in AXES if key in result)
         series = [k for k, v in result.items() if isinstance(v, list) and k not in (axis, "claims")]
         lines += [f"| {axis} | " + " | ".join(f"{s}, ms" for s in series) + " |", "| ---: |" + " ---: |" * len(series)]
         for i, x in enumerate(result[axis]):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .measure import GUARDED, OURS, ROOFS
+from .measure import AXES, GUARDED, MIX, OURS, ROOFS
 
 OUR_COLOR, THEIR_COLOR = "#1b7f5c", "#9aa3ad"
 
@@ -46,7 +46,7 @@ def ratios(results: list[dict[str, Any]], path: Path, caption: str) -> None:
     figure, axes = _panels(len(results), 7, 3.4, columns=2)
     for axis, result in zip(axes, results, strict=True):
         times, base = result["times"], result["times"][result["base"]][0]
-        names = sorted((n for n in times if n not in ROOFS), key=lambda n: times[n][0])
+        names = sorted((n for n in times if n not in (*ROOFS, MIX)), key=lambda n: times[n][0])
         _bars(axis, names, [times[n][0] / base for n in names], {result["base"], GUARDED}, "%.2f×")
         axis.set_title(result["title"], fontsize=10, loc="right")
         axis.set_xlabel(f"time over {result['base']}")
@@ -56,12 +56,12 @@ def ratios(results: list[dict[str, Any]], path: Path, caption: str) -> None:
 def roofline(result: dict[str, Any], path: Path, caption: str) -> None:
     """Useful bandwidth: the bytes that a step must touch over its time, for ours and every rival, under the roof."""
     figure, (axis,) = _panels(1, 8.5, 4.2, columns=1)
-    needed = result["bytes"][OURS] * result["elements"]
+    needed = result["bytes"][result["base"]] * result["elements"]
     roof = max(v for n, v in result["bandwidth"].items() if n in ROOFS) / 1e9
-    names = sorted((n for n in result["times"] if n not in ROOFS), key=lambda n: result["times"][n][0])
+    names = sorted((n for n in result["times"] if n not in (*ROOFS, MIX)), key=lambda n: result["times"][n][0])
     values = []
     for name in names:  # SGD without homotopy needs fewer bytes
-        useful = result["bandwidth"][name] if "plain SGD" in name else needed / result["times"][name][0]
+        useful = result["bandwidth"][name] if "plain " in name else needed / result["times"][name][0]
         values.append(useful / 1e9)
     _bars(axis, names, values, {OURS, GUARDED}, "%.1f", inside=True)
     axis.axvline(roof, color="black", linestyle="--", linewidth=1, label=f"roof: {roof:.1f} GB/s")
@@ -73,10 +73,11 @@ def roofline(result: dict[str, Any], path: Path, caption: str) -> None:
 
 
 def scaling(results: list[dict[str, Any]], path: Path, caption: str) -> None:
-    """Time against size, number of tensors and threads."""
+    """Time against size, number of tensors, threads and copies, of the results that have such an axis."""
+    results = [result for result in results if any(k in result for k in AXES)]
     figure, axes = _panels(len(results), 5.5, 4, columns=3)
     for axis, result in zip(axes, results, strict=True):
-        key = next(k for k in ("sizes", "counts", "threads") if k in result)
+        key = next(k for k in AXES if k in result)
         for name, values in result.items():
             if isinstance(values, list) and name not in (key, "claims", GUARDED):
                 mine = name == OURS
@@ -84,7 +85,7 @@ def scaling(results: list[dict[str, Any]], path: Path, caption: str) -> None:
                           linewidth=2.5 if mine else 1.2, zorder=3 if mine else 2, label=name)  # fmt: skip
         axis.set_title(result["title"], fontsize=10)
         axis.set(xlabel={"sizes": "elements", "counts": "tensors"}.get(key, key), ylabel="ms")
-        if key == "threads":
+        if key in ("threads", "copies"):
             axis.set_xticks(result[key])
             axis.set_ylim(bottom=0)
         else:

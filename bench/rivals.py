@@ -1,11 +1,15 @@
 """Other ways to do the coupled step, each as an expert would write it, over the same buffers and settings.
 
-Every rival is a function of a Problem that returns the step as a callable. `measure.py` checks that each leaves the
-buffers that hta_fused leaves before it times any. A sceptic reads this file.
+Every rival is a function of a Problem that returns the step as a callable, for any number of copies and either
+proposal. `measure.py` checks that each leaves the buffers that hta_fused leaves before it times any. A sceptic reads
+this file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,209 +17,273 @@ from torch import Tensor, nn
 import hta_fused as hta
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-4
+Proposal = hta.SGD | hta.AdamW
+PROPOSALS: dict[str, Proposal] = {"SGD": hta.SGD(LR, MOMENTUM, WEIGHT_DECAY), "AdamW": hta.AdamW(1e-3)}
+STEP = 10  # the step that is timed, of a run in progress; rivals keep its bias corrections
 Step = Callable[[], None]
+Factor = Any  # a number, or tensors where elements have their own: one, or one for each tensor of a list
+Rule = tuple[Factor, Factor, Factor, Factor]  # read, keep, share, pull
 
 
 @dataclass
 class Problem:
-    """The copies, their gradients and momenta, the anchor (None: zero), all as lists of tensors.
+    """m copies, their gradients and states, the anchor (None: zero), all as lists of tensors.
 
-    `labels` holds each tensor's label, or a tensor of labels where its elements have their own. A tensor that is half
-    block 1 and half block 2 stands in the lists as two views.
+    `labels` holds each tensor's label, or a tensor of labels where its elements have their own. A tensor that is part
+    block 1, part block 2, … stands in the lists as so many views: no rival has to look structural labels up.
     """
 
-    theta: list[Tensor]
-    eta: list[Tensor]
-    grads: tuple[list[Tensor], list[Tensor]]
-    momenta: tuple[list[Tensor], list[Tensor]]
+    proposal: Proposal
+    coupling: hta.couplings.Coupling
+    copies: list[list[Tensor]]  # [copy][tensor]
+    grads: list[list[Tensor]]
+    states: dict[str, list[list[Tensor]]]  # by the name that torch.optim gives them
     anchor: list[Tensor] | None
     labels: list[int | Tensor]
-    L: float
     whole: "Problem | None" = None  # the same memory with no tensor split, as a model has it
 
-    def state(self) -> list[Tensor]:
-        """What a step changes."""
-        return [*self.theta, *self.eta, *self.momenta[0], *self.momenta[1]]
-
     def anchors(self) -> list[Tensor | None]:
-        return [None] * len(self.theta) if self.anchor is None else list(self.anchor)
+        return [None] * len(self.labels) if self.anchor is None else list(self.anchor)
 
-    def sgds(self) -> tuple[torch.optim.SGD, torch.optim.SGD]:
-        """A torch.optim.SGD(fused=True) over each copy, with its gradients and momenta in place."""
+    def table(self) -> Tensor:
+        """The coupling's rules, float64 [labels, copies, 5]."""
+        return self.coupling.rules(len(self.copies), self.proposal.step_size)[:, : len(self.copies)]
+
+    def rules(self, label: int | Tensor) -> list[Rule]:
+        """Each copy's rule: four numbers; or, where elements have their own labels, tensors, looked up once."""
+        table, like = self.table(), self.copies[0][0]
+
+        def factor(numbers: Tensor) -> Factor:  # of one copy, by label
+            if isinstance(label, int) or numbers.min() == numbers.max():
+                return float(numbers[label if isinstance(label, int) else 0])
+            return numbers.to(like)[label.long()]
+
+        return [tuple(factor(table[:, j, k]) for k in range(4)) for j in range(len(self.copies))]
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """torch's own, fused, over each copy, with its gradients and states in place."""
         result = []
-        for values, grads, momenta in zip((self.theta, self.eta), self.grads, self.momenta, strict=True):
-            parameters = [nn.Parameter(t) for t in values]
-            optimizer = torch.optim.SGD(parameters, LR, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
-            for p, g, v in zip(parameters, grads, momenta, strict=True):
+        for j, row in enumerate(self.copies):
+            parameters = [nn.Parameter(t) for t in row]
+            optimizer = plain(self.proposal, parameters)
+            for i, (p, g) in enumerate(zip(parameters, self.grads[j], strict=True)):
                 p.grad = g
-                optimizer.state[p]["momentum_buffer"] = v
+                optimizer.state[p] = {name: rows[j][i] for name, rows in self.states.items()}
+                if isinstance(self.proposal, hta.AdamW):
+                    optimizer.state[p]["step"] = torch.tensor(STEP - 1.0)
             result.append(optimizer)
-        return result[0], result[1]
+        return result
 
 
-def autograd_and_sgd(p: Problem) -> Step:
-    """The naive way: write equation (3) down, let autograd differentiate it, step torch.optim.SGD (explicit mode)."""
-    sgds = p.sgds()
-    theta, eta = (sgd.param_groups[0]["params"] for sgd in sgds)
-    masks = [  # floats, since a product with a bool tensor would convert it every time
-        label if isinstance(label, int) else [(label == own).to(theta[0].dtype) for own in (1, 2)] for label in p.labels
-    ]
-
-    def step() -> None:
-        total = sum(((a - b) ** 2).sum() for a, b in zip(theta, eta, strict=True)) / p.L
-        for copy, (row, own) in enumerate(((theta, 1), (eta, 2))):
-            for x, anchor, mask in zip(row, p.anchors(), masks, strict=True):
-                if isinstance(mask, int) and mask != own:
-                    continue
-                squares = (x if anchor is None else x - anchor) ** 2
-                total = total + p.L * (squares if isinstance(mask, int) else squares * mask[copy]).sum()
-        total.backward()
-        for sgd in sgds:
-            sgd.step()
-
-    return step
+def plain(proposal: Proposal, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if isinstance(proposal, hta.SGD):
+        return torch.optim.SGD(
+            parameters, proposal.lr, proposal.momentum, weight_decay=proposal.weight_decay, fused=True
+        )
+    return torch.optim.AdamW(
+        parameters, proposal.lr, proposal.betas, proposal.eps, weight_decay=proposal.weight_decay, fused=True
+    )
 
 
-def coefficients(p: Problem, label: int | Tensor) -> Tensor:
-    """Each element's own table, [..., 6]: what a rival without a kernel for labels keeps beside them."""
-    table = hta.tables.implicit(p.L, LR).to(p.theta[0].dtype)[torch.as_tensor(label).long()].flatten(-2)
-    return table.movedim(-1, 0).contiguous().movedim(0, -1)  # each coefficient contiguous
+def is_number(factor: Factor, *values: float) -> bool:
+    return isinstance(factor, float) and factor in values
+
+
+# ----------------------------------------------------------------------------------------------------- eager, in place
+
+Op = Callable[[str], Callable[..., Any]]  # by name: of tensors (torch.Tensor) or of lists of them (torch._foreach_*)
+
+
+def propose(op: Op, proposal: Proposal, x: Any, g: Any, states: Sequence[Any]) -> None:
+    """x and its states become what torch.optim makes of them."""
+    if isinstance(proposal, hta.SGD):
+        (v,) = states
+        op("mul_")(v, proposal.momentum)
+        op("add_")(v, g)
+        op("add_")(v, x, alpha=proposal.weight_decay)
+        op("add_")(x, v, alpha=-proposal.lr)
+    else:
+        _, decay, fresh_mean, beta_square, fresh_square, lr, root, eps = proposal.numbers(STEP)
+        mean, square = states
+        op("lerp_")(mean, g, fresh_mean)
+        op("mul_")(square, beta_square)
+        op("addcmul_")(square, g, g, value=fresh_square)
+        divisor = op("sqrt")(square)
+        op("add_")(divisor, eps / root)  # the correction of the root taken into the other two numbers: a pass less
+        op("mul_")(x, decay)
+        op("addcdiv_")(x, mean, divisor, value=-lr / root)
+
+
+def add_multiple(op: Op, x: Any, y: Any, factor: Factor) -> None:
+    if isinstance(factor, float):
+        op("add_")(x, y, alpha=factor)
+    else:
+        op("addcmul_")(x, y, factor)
+
+
+def couple(op: Op, copies: Sequence[Any], anchor: Any, rules: Sequence[Rule]) -> None:
+    """The proposals in `copies` become the new copies; what is nothing is left out."""
+    if not all(is_number(share, 0) for _, _, share, _ in rules):
+        total = op("mul")(copies[0], rules[0][0])
+        for x, (read, *_) in zip(copies[1:], rules[1:], strict=True):
+            add_multiple(op, total, x, read)
+    for x, (_, keep, share, pull) in zip(copies, rules, strict=True):
+        if not is_number(keep, 1):
+            op("mul_")(x, keep)
+        if not is_number(share, 0):
+            add_multiple(op, x, total, share)
+        if anchor is not None and not is_number(pull, 0):
+            add_multiple(op, x, anchor, pull)
 
 
 def eager(p: Problem) -> Step:
-    """Implicit step by hand: in-place eager PyTorch, tensor by tensor."""
-    tables = hta.tables.implicit(p.L, LR)
-    rows = []
-    for *tensors, anchor, label in zip(p.theta, p.eta, *p.grads, *p.momenta, p.anchors(), p.labels, strict=True):
-        if isinstance(label, int):
-            rows.append((tensors, anchor, tables[label].flatten().tolist()))
-        else:  # six tensors of coefficients, looked up once
-            rows.append((tensors, anchor, list(coefficients(p, label).unbind(-1))))
+    """By hand: in-place eager PyTorch, tensor by tensor."""
+    op: Op = partial(getattr, torch.Tensor)
+    m, states, rules, anchors = len(p.copies), list(p.states.values()), [p.rules(k) for k in p.labels], p.anchors()
 
     @torch.no_grad()
     def step() -> None:
-        for (theta, eta, g_theta, g_eta, v_theta, v_eta), anchor, (tt, te, ta, et, ee, ea) in rows:
-            v_theta.mul_(MOMENTUM).add_(g_theta).add_(theta, alpha=WEIGHT_DECAY)
-            v_eta.mul_(MOMENTUM).add_(g_eta).add_(eta, alpha=WEIGHT_DECAY)
-            theta.add_(v_theta, alpha=-LR)  # now a_θ
-            eta.add_(v_eta, alpha=-LR)  # now a_η
-            new_theta = theta * tt
-            if isinstance(tt, float):
-                new_theta.add_(eta, alpha=te)
-                eta.mul_(ee).add_(theta, alpha=et)
-                if anchor is not None and (ta or ea):
-                    new_theta.add_(anchor, alpha=ta)
-                    eta.add_(anchor, alpha=ea)
-            else:
-                new_theta.addcmul_(eta, te)
-                eta.mul_(ee).addcmul_(theta, et)
-                if anchor is not None:
-                    new_theta.addcmul_(anchor, ta)
-                    eta.addcmul_(anchor, ea)
-            theta.copy_(new_theta)
+        for i, (anchor, rule) in enumerate(zip(anchors, rules, strict=True)):
+            for j in range(m):
+                propose(op, p.proposal, p.copies[j][i], p.grads[j][i], [rows[j][i] for rows in states])
+            couple(op, [row[i] for row in p.copies], anchor, rule)
 
     return step
 
 
 def foreach(p: Problem) -> Step:
     """The same with torch._foreach_*: a handful of calls for all tensors of one label."""
-    tables = hta.tables.implicit(p.L, LR)
-    groups = []
-    for kind in dict.fromkeys("mixed" if isinstance(label, Tensor) else label for label in p.labels):
-        chosen = [i for i, own in enumerate(p.labels) if ("mixed" if isinstance(own, Tensor) else own) == kind]
-        theta, eta = [p.theta[i] for i in chosen], [p.eta[i] for i in chosen]
-        anchor = None if p.anchor is None else [p.anchor[i] for i in chosen]
-        if isinstance(kind, int):
-            groups.append((theta, eta, anchor, tables[kind].flatten().tolist()))
-        else:
-            columns = zip(*(coefficients(p, p.labels[i]).unbind(-1) for i in chosen), strict=True)
-            groups.append((theta, eta, anchor, [list(column) for column in columns]))
+    groups = list(by_label(p))
 
-    def add(x: list[Tensor], y: list[Tensor], factor: float | list[Tensor]) -> None:
-        if isinstance(factor, float):
-            torch._foreach_add_(x, y, alpha=factor)
-        else:
-            torch._foreach_addcmul_(x, y, factor)
+    def op(name: str) -> Callable[..., Any]:
+        return getattr(torch, f"_foreach_{name}")
 
     @torch.no_grad()
     def step() -> None:
-        for x, g, v in ((p.theta, p.grads[0], p.momenta[0]), (p.eta, p.grads[1], p.momenta[1])):
-            torch._foreach_mul_(v, MOMENTUM)
-            torch._foreach_add_(v, g)
-            torch._foreach_add_(v, x, alpha=WEIGHT_DECAY)
-            torch._foreach_add_(x, v, alpha=-LR)
-        for theta, eta, anchor, (tt, te, ta, et, ee, ea) in groups:
-            new_theta = list(torch._foreach_mul(theta, tt))
-            add(new_theta, eta, te)
-            torch._foreach_mul_(eta, ee)
-            add(eta, theta, et)
-            if anchor is not None and not (isinstance(ta, float) and ta == ea == 0.0):
-                add(new_theta, anchor, ta)
-                add(eta, anchor, ea)
-            torch._foreach_copy_(theta, new_theta)
+        for j, (row, grads) in enumerate(zip(p.copies, p.grads, strict=True)):
+            propose(op, p.proposal, row, grads, [rows[j] for rows in p.states.values()])
+        for copies, anchor, rules in groups:
+            couple(op, copies, anchor, rules)
 
     return step
+
+
+def by_label(p: Problem) -> Iterator[tuple[list[list[Tensor]], list[Tensor] | None, list[Rule]]]:
+    """The tensors of each label, and of the mixed ones, with the rules in lists where elements have their own."""
+    kinds = ["mixed" if isinstance(label, Tensor) else label for label in p.labels]
+    for kind in dict.fromkeys(kinds):
+        chosen = [i for i, own in enumerate(kinds) if own == kind]
+        rules = p.rules(p.labels[chosen[0]])
+        if kind == "mixed":
+            several = [p.rules(p.labels[i]) for i in chosen]
+            rules = [
+                tuple(c if isinstance(c, float) else [own[j][k] for own in several] for k, c in enumerate(rule))  # type: ignore[misc]
+                for j, rule in enumerate(rules)
+            ]
+        anchor = None if p.anchor is None else [p.anchor[i] for i in chosen]
+        yield [[row[i] for i in chosen] for row in p.copies], anchor, rules
+
+
+# -------------------------------------------------------------------------------------------------------- torch.compile
 
 
 def compiled(p: Problem) -> Step:
     """torch.compile of the whole list's update, written out of place so that it can fuse all of it."""
-    tables = hta.tables.implicit(p.L, LR).tolist()
-    labels, anchors = p.labels, p.anchors()
-    # Own labels: six tensors of coefficients, looked up once. (torch.where on the labels takes eight times as long.)
-    mixed = [None if isinstance(label, int) else list(coefficients(p, label).unbind(-1)) for label in labels]
+    proposal, copies = p.proposal, range(len(p.copies))
+    by_label = {label: p.rules(label) for label in p.labels if isinstance(label, int)}
+    # Labels of one's own: tensors of factors, looked up once. (torch.where on the labels takes eight times as long.)
+    mixed = {i: p.rules(label) for i, label in enumerate(p.labels) if isinstance(label, Tensor)}
+    labels: list[Any] = p.labels
+    ratio = float(p.table()[0, 0, 1] / p.table()[0, 0, 0].clamp(min=1e-30))  # of a homotopy's keep to its read
 
-    def update(thetas, etas, grads_theta, grads_eta, momenta_theta, momenta_eta, anchors, mixed) -> None:
-        for i, label in enumerate(labels):
-            if mixed[i] is None:
-                (tt, te, ta), (et, ee, ea) = tables[label]
-            else:
-                tt, te, ta, et, ee, ea = mixed[i]
-            v_theta = MOMENTUM * momenta_theta[i] + grads_theta[i] + WEIGHT_DECAY * thetas[i]
-            v_eta = MOMENTUM * momenta_eta[i] + grads_eta[i] + WEIGHT_DECAY * etas[i]
-            a_theta, a_eta = thetas[i] - LR * v_theta, etas[i] - LR * v_eta
-            new_theta, new_eta = tt * a_theta + te * a_eta, et * a_theta + ee * a_eta
-            if anchors[i] is not None and not (isinstance(label, int) and label == 0):
-                new_theta, new_eta = new_theta + ta * anchors[i], new_eta + ea * anchors[i]
-            momenta_theta[i].copy_(v_theta)
-            momenta_eta[i].copy_(v_eta)
-            thetas[i].copy_(new_theta)
-            etas[i].copy_(new_eta)
+    def proposed(x: Tensor, g: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        if isinstance(proposal, hta.SGD):
+            v = proposal.momentum * states[0] + g + proposal.weight_decay * x
+            return x - proposal.lr * v, [v]
+        _, decay, fresh_mean, beta_square, fresh_square, lr, root, eps = proposal.numbers(STEP)
+        mean = states[0] + fresh_mean * (g - states[0])
+        square = beta_square * states[1] + fresh_square * g * g
+        return decay * x - lr * mean / (root * square.sqrt() + eps), [mean, square]
+
+    def update(x, grads, states, anchors, mixed) -> None:
+        for i, anchor in enumerate(anchors):
+            rules = mixed[i] if i in mixed else by_label[labels[i]]
+            both = [proposed(x[j][i], grads[j][i], [rows[j][i] for rows in states]) for j in copies]
+            shares = not all(is_number(share, 0) for _, _, share, _ in rules)
+            total = sum(read * a for (read, *_), (a, _) in zip(rules, both, strict=True)) if shares else None
+            for j, ((a, new), (read, keep, share, pull)) in enumerate(zip(both, rules, strict=True)):
+                value = (keep if isinstance(keep, float) else ratio * read) * a  # a tensor less to read
+                if total is not None:
+                    value = value + share * total
+                if anchor is not None and not is_number(pull, 0):
+                    value = value + pull * anchor
+                for rows, state in zip(states, new, strict=True):
+                    rows[j][i].copy_(state)
+                x[j][i].copy_(value)
 
     torch._dynamo.reset()
     fast = torch.compile(update, fullgraph=True, dynamic=False)
+    states, anchors = list(p.states.values()), p.anchors()
 
     @torch.no_grad()
     def step() -> None:
-        fast(p.theta, p.eta, *p.grads, *p.momenta, anchors, mixed)
+        fast(p.copies, p.grads, states, anchors, mixed)
 
     return step
 
 
-def two_plain_sgds(p: Problem) -> Step:
-    """No homotopy at all: two torch.optim.SGD(fused=True) steps. The floor that a user thinks of, at 40 bytes."""
-    sgds = (p.whole or p).sgds()
+# ------------------------------------------------------------------------------------------------------- torch.optim
+
+
+def autograd(p: Problem) -> Step:
+    """The naive way: write equation (3) down, let autograd differentiate it, step torch.optim (explicit mode)."""
+    assert isinstance(p.coupling, hta.Explicit)
+    L, optimizers, m = p.coupling.L, p.optimizers(), len(p.copies)
+    rows = [optimizer.param_groups[0]["params"] for optimizer in optimizers]
+    anchored = p.table()[:, :, 4].to(p.copies[0][0])
+    # Floats where elements have their own, since a product with a bool tensor would convert it every time.
+    masks = [anchored[label if isinstance(label, int) else label.long()].movedim(-1, 0) for label in p.labels]
+    own = [mask.tolist() if mask.dim() == 1 else [] for mask in masks]
 
     def step() -> None:
-        for sgd in sgds:
-            sgd.step()
+        total = sum(((x - y) ** 2).sum() for a, b in combinations(rows, 2) for x, y in zip(a, b, strict=True)) / L
+        for i, (anchor, mask) in enumerate(zip(p.anchors(), masks, strict=True)):
+            for j in range(m):
+                if mask.dim() > 1 or own[i][j]:
+                    squares = (rows[j][i] if anchor is None else rows[j][i] - anchor) ** 2
+                    total = total + L * (squares * mask[j] if mask.dim() > 1 else squares).sum()
+        total.backward()
+        for optimizer in optimizers:
+            optimizer.step()
 
     return step
 
 
-def one_plain_sgd(p: Problem) -> Step:
-    """The same as one optimizer over both copies' tensors: the least overhead that torch.optim has to offer."""
-    first, second = (p.whole or p).sgds()
-    both = first.param_groups[0]["params"] + second.param_groups[0]["params"]
-    sgd = torch.optim.SGD(both, LR, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
-    for q in both:
-        sgd.state[q] = {**first.state, **second.state}[q]
-    return sgd.step
+def plain_optimizers(p: Problem) -> Step:
+    """No homotopy at all: a torch.optim step (fused=True) for each copy. The floor that a user thinks of."""
+    optimizers = (p.whole or p).optimizers()
+
+    def step() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step
 
 
-IMPLICIT: dict[str, Callable[[Problem], Step]] = {
+def one_plain_optimizer(p: Problem) -> Step:
+    """The same as one optimizer over all copies' tensors: the least overhead that torch.optim has to offer."""
+    optimizers = (p.whole or p).optimizers()
+    one = plain(p.proposal, [q for optimizer in optimizers for q in optimizer.param_groups[0]["params"]])
+    for optimizer in optimizers:
+        one.state.update(optimizer.state)
+    return one.step
+
+
+COUPLED: dict[str, Callable[[Problem], Step]] = {
     "eager, in place": eager,
     "torch._foreach_*": foreach,
     "torch.compile": compiled,
 }
-NAIVE = "autograd on (3) + SGD"
-FLOOR, FLOOR_IN_ONE = "two plain SGD(fused=True)", "one plain SGD(fused=True) over both"
+NAIVE = "autograd on (3)"
+FLOOR, FLOOR_IN_ONE = "plain torch.optim(fused=True), one a copy", "plain torch.optim(fused=True), one for all"
+FLOORS: dict[str, Callable[[Problem], Step]] = {FLOOR: plain_optimizers, FLOOR_IN_ONE: one_plain_optimizer}

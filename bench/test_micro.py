@@ -10,16 +10,24 @@ SIZES = (1_000, 100_000, 10_000_000)
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("rival", ["ours", *rivals.IMPLICIT, rivals.NAIVE, rivals.FLOOR])
-def test_step(benchmark, rival, n):
-    load = workloads.flat(n)
-    makers = {**rivals.IMPLICIT, rivals.NAIVE: rivals.autograd_and_sgd, rivals.FLOOR: rivals.two_plain_sgds}
-    load.problem.L = 10.0 if rival == rivals.NAIVE else 0.01
+@pytest.mark.parametrize("proposal", list(rivals.PROPOSALS))
+@pytest.mark.parametrize("rival", ["ours", *rivals.COUPLED, rivals.NAIVE, rivals.FLOOR])
+def test_step(benchmark, rival, proposal, n):
+    load = workloads.flat(n, proposal=proposal)
+    makers = {**rivals.COUPLED, rivals.NAIVE: rivals.autograd, **rivals.FLOORS}
+    if rival == rivals.NAIVE:
+        load.problem.coupling = hta.Explicit(10.0)
     benchmark(load.optimizer.step if rival == "ours" else makers[rival](load.problem))
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("labels", ["structural", "random"])
+@pytest.mark.parametrize("copies", [1, 4, 8])
+def test_copies(benchmark, copies, n):
+    benchmark(workloads.flat(n, copies=copies).optimizer.step)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("labels", ["structural", "random", "hashed"])
 @pytest.mark.parametrize("anchor", [True, False])
 def test_labels_and_anchors(benchmark, n, labels, anchor):
     benchmark(workloads.flat(n, labels=labels, anchor=anchor).optimizer.step)

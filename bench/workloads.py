@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import hta_fused as hta
 from hta_fused.train.vgg import CONFIGURATIONS, VGG
 
-from .rivals import LR, MOMENTUM, WEIGHT_DECAY, Problem
+from .rivals import PROPOSALS, STEP, Problem
 
 
 def _vgg(name: str) -> list[torch.Size]:
@@ -58,88 +58,116 @@ class Workload:
     """Our optimizer over a list of tensors, and the same memory as the rivals see it."""
 
     name: str
-    optimizer: hta.HomotopySGD
+    optimizer: hta.CoupledOptimizer
     problem: Problem
 
     @property
+    def copies(self) -> int:
+        return len(self.problem.copies)
+
+    @property
     def elements(self) -> int:
-        return sum(t.numel() for t in self.problem.theta)
+        """Of one copy."""
+        return sum(t.numel() for t in self.problem.copies[0])
+
+    @property
+    def streams(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The flat buffers that a step changes, and those that it only reads, each [copies, N] or [N]."""
+        replicas = self.optimizer.replicas
+        read = [replicas.grads] if replicas.anchor is None else [replicas.grads, replicas.anchor]
+        return [replicas.params, *self.optimizer._buffers.values()], read
+
+    @property
+    def buffers(self) -> int:
+        """How many of N elements there are."""
+        return sum(t.numel() for part in self.streams for t in part) // self.optimizer.replicas.layout.numel
 
     @property
     def bytes_per_element(self) -> float:
-        """What our step has to move for each element, guard left out: see csrc/homotopy.h."""
-        size = self.problem.theta[0].element_size()
+        """What our step has to move for each element of all copies, guard left out: see csrc/args.h."""
+        size = self.problem.copies[0][0].element_size()
         labels = self.optimizer.replicas.partition.labels
         mixed = 0.0 if labels is None else labels.numel() / self.elements
         per_tile = 8 / 1024 + 24 / (16 * 1024)  # a code read for each tile, three sums written for each chunk
-        return (11 if self.problem.anchor is not None else 10) * size + mixed + per_tile
+        written = self.copies * len(self.streams[0])
+        return (written + self.buffers) * size + mixed + per_tile
 
-    @property
-    def flat(self) -> list[Tensor]:
-        """Our flat buffers that a step changes."""
-        return [*self.optimizer.replicas.params, *self.optimizer._momentum]
+    def rewind(self) -> None:
+        """The next step is rivals.STEP again."""
+        self.optimizer._set_steps(STEP - 1)
 
 
 def of_shapes(
     name: str,
     shapes: list[torch.Size],
     *,
+    copies: int = 2,
+    proposal: str = "SGD",
     anchor: bool = True,
     labels: str = "structural",
     dtype: torch.dtype = torch.float32,
-    L: float = 0.01,
-    mode: str = "implicit",
 ) -> Workload:
-    """Tensors of the given shapes; those of two or more dimensions are half block 1, half block 2, or random.
+    """Tensors of the given shapes in m coupled copies; those of two or more dimensions are cut into m blocks
+    ("structural"), or their elements have labels of their own ("random" bytes, or "hashed").
 
-    Rivals get views of the same buffers, a half-and-half tensor as two: no rival has to look structural labels up.
+    Rivals get views of the same buffers, a tensor of m blocks as m: no rival has to look structural labels up. One copy
+    has nothing to be coupled to, and is pulled to the anchor.
     """
     torch.manual_seed(0)
     model = nn.ParameterList(0.05 * torch.randn(shape, dtype=dtype) for shape in shapes)
     only_vectors = all(len(shape) < 2 for shape in shapes)
     large = {str(i): p for i, p in enumerate(model) if p.dim() >= 2 or only_vectors}
-    if labels == "structural":
-        halves = {name: (1 + (torch.arange(len(p)) >= len(p) // 2).byte()) for name, p in large.items()}
-        by_name = {name: half.view(-1, *[1] * (large[name].dim() - 1)) for name, half in halves.items()}
+    partition: hta.Partition | dict[str, Tensor]
+    if labels == "hashed":
+        partition = hta.Partition.hashed(model, blocks=copies)
+        by_name = partition.by_name()
+    elif labels == "random":
+        by_name = partition = {
+            name: torch.randint(0, copies + 1, p.shape, dtype=torch.uint8) for name, p in large.items()
+        }
     else:
-        by_name = {name: torch.randint(0, 3, p.shape, dtype=torch.uint8) for name, p in large.items()}
-    replicas = hta.Replicas(model, by_name, "init" if anchor else "zero")
-    optimizer = hta.HomotopySGD(replicas, LR, MOMENTUM, WEIGHT_DECAY, L=L, mode=mode, skip_nonfinite=False)
-    noise = [(replicas.params[1], 1e-3), *((row, 1e-3) for row in (*replicas.grads, *optimizer._momentum))]
-    if replicas.anchor is not None:
-        noise.append((replicas.anchor, 1e-2))
-    for flat, scale in noise:
+        blocks = {name: torch.arange(len(p)) * copies // max(1, len(p)) + 1 for name, p in large.items()}
+        partition = {name: b.byte().view(-1, *[1] * (large[name].dim() - 1)) for name, b in blocks.items()}
+    replicas = hta.Replicas(model, copies, partition, "init" if anchor else "zero")
+    coupling = hta.Homotopy(0.01) if copies > 1 else hta.Toward(0.01)
+    optimizer = hta.CoupledOptimizer(replicas, PROPOSALS[proposal], coupling, skip_nonfinite=False)
+    states = [row for name, buffer in optimizer._buffers.items() if name != "exp_avg_sq" for row in buffer]
+    noise = [*replicas.params[1:], *replicas.grads, *states, *([] if replicas.anchor is None else [replicas.anchor])]
+    for flat in noise:
         for view in replicas.layout.views(flat):  # the padding stays 0
-            view.add_(torch.randn_like(view), alpha=scale)
+            view.add_(torch.randn_like(view), alpha=1e-2 if flat is replicas.anchor else 1e-3)
+    for flat in optimizer._buffers.get("exp_avg_sq", ()):
+        for view in replicas.layout.views(flat):
+            view.fill_(1e-6)
 
     def wholes(flat: Tensor) -> list[Tensor]:
         return replicas.layout.views(flat)
 
+    kinds: list[int | Tensor] = []
+    cuts: list[list[int]] = []  # the lengths of each tensor's pieces
+    for i, shape in enumerate(shapes):
+        if str(i) in large and labels == "structural":
+            own, lengths = blocks[str(i)].unique_consecutive(return_counts=True)
+            kinds += own.tolist()
+            cuts.append(lengths.tolist())
+        else:
+            kinds.append(by_name[str(i)] if str(i) in large else 0)
+            cuts.append(list(shape[:1]))
+
     def pieces(flat: Tensor) -> list[Tensor]:
-        result = []
-        for i, view in enumerate(wholes(flat)):
-            whole = labels == "random" or str(i) not in large
-            result += [view] if whole else [view[: len(view) // 2], view[len(view) // 2 :]]
-        return result
+        return [piece for view, lengths in zip(wholes(flat), cuts, strict=True) for piece in view.split(lengths)]
 
     def lists(
         cut: Callable[[Tensor], list[Tensor]], kinds: list[int | Tensor], whole: Problem | None = None
     ) -> Problem:
-        (theta, eta), grads, momenta = replicas.params, replicas.grads, optimizer._momentum
+        rows = [[cut(row) for row in buffer] for buffer in (replicas.params, replicas.grads)]
+        states = {name: [cut(row) for row in buffer] for name, buffer in optimizer._buffers.items()}
         anchors = None if replicas.anchor is None else cut(replicas.anchor)
-        both = [(cut(row[0]), cut(row[1])) for row in (grads, momenta)]
-        return Problem(cut(theta), cut(eta), both[0], both[1], anchors, kinds, L, whole)
+        return Problem(PROPOSALS[proposal], coupling, rows[0], rows[1], states, anchors, kinds, whole)
 
-    kinds: list[int | Tensor] = []
-    for i in range(len(shapes)):
-        if str(i) not in large:
-            kinds.append(0)
-        elif labels == "random":
-            kinds.append(by_name[str(i)])
-        else:
-            kinds += [1, 2]
-    problem = lists(pieces, kinds, lists(wholes, [0] * len(shapes)))
-    return Workload(name, optimizer, problem)
+    load = Workload(name, optimizer, lists(pieces, kinds, lists(wholes, [0] * len(shapes))))
+    load.rewind()
+    return load
 
 
 def model(name: str, **options) -> Workload:
@@ -149,4 +177,5 @@ def model(name: str, **options) -> Workload:
 
 def flat(elements: int, **options) -> Workload:
     """One tensor."""
-    return of_shapes("one buffer", [torch.Size([elements])], **options)
+    shape = [1, elements] if options.get("labels") == "hashed" else [elements]  # only matrices are hashed
+    return of_shapes("one buffer", [torch.Size(shape)], **options)

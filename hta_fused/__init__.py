@@ -1,25 +1,43 @@
 """Homotopy training of neural networks at the cost of its memory traffic. The public names, and nothing else."""
 
-from . import path, problems, schedule, tables
-from .ops import backends, homotopy_penalty, homotopy_penalty_accumulate_, homotopy_step_, use_backend
-from .optim import HomotopySGD, StepStats
-from .partition import Layout, Partition
+from . import couplings, path, problems, proposals, schedule, tables
+from .couplings import EMA, Average, Elastic, Explicit, Homotopy, Lookahead, Parle, Toward
+from .kernels import backends, use_backend
+from .layout import Layout
+from .ops import coupled_step_, homotopy_penalty, homotopy_penalty_accumulate_, homotopy_step_
+from .optim import CoupledOptimizer, HomotopySGD, StepStats
+from .partition import Partition
+from .proposals import SGD, AdamW
 from .replicas import Replicas
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
+    "EMA",
+    "SGD",
+    "AdamW",
+    "Average",
+    "CoupledOptimizer",
+    "Elastic",
+    "Explicit",
+    "Homotopy",
     "HomotopySGD",
     "Layout",
+    "Lookahead",
+    "Parle",
     "Partition",
     "Replicas",
     "StepStats",
+    "Toward",
     "backends",
+    "coupled_step_",
+    "couplings",
     "homotopy_penalty",
     "homotopy_penalty_accumulate_",
     "homotopy_step_",
     "path",
     "problems",
+    "proposals",
     "schedule",
     "tables",
     "use_backend",

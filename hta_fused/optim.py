@@ -1,62 +1,63 @@
-"""HomotopySGD: SGD with momentum on both copies, coupled by equation (3), as a torch.optim.Optimizer.
+"""Optimizers of coupled copies, as torch.optim.Optimizers: a proposal for each copy, a coupling between them.
 
-Owns the momentum and the settings; the buffers are the Replicas', the arithmetic is the step op's.
+Owns the proposals' buffers and the settings; the copies are the Replicas', the arithmetic is the step op's.
 """
 
+import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .ops import step_buffers
+from . import couplings
+from .couplings import Coupling, Explicit, Homotopy, Parle
+from .kernels.reference import PROPOSE, SHARE, arithmetic
+from .ops import rules_of, step_buffers
+from .proposals import SGD, Proposal
 from .replicas import Replicas
-from .tables import check_hyper, check_L, step_coefficients
-
-_OWN = ("L", "mode")  # the settings that torch.optim.SGD's groups do not have
 
 
 class StepStats(NamedTuple):
     """What the last step left behind."""
 
-    penalty: float  # the quadratic terms of equation (3) after the step; NaN before the first
-    distance: float  # ‖θ − η‖ after the step; NaN before the first
+    penalty: float  # the quadratic terms of equation (3) after the step; NaN before the first, and for other couplings
+    distance: float  # √Σ_{i<j} ‖x_i − x_j‖² after the step; NaN before the first
     skipped: int  # steps skipped so far for a gradient that was not finite
 
 
-class HomotopySGD(torch.optim.Optimizer):
-    """SGD on θ and η at once, the two pulled together as `L` falls.
+class CoupledOptimizer(torch.optim.Optimizer):
+    """Steps m copies at once: each proposes a step of its own, and the coupling pulls them together.
 
-    With equal gradients, no anchor and L = 0 it is torch.optim.SGD. A parameter without a gradient counts as having a
-    gradient of zero, since the coupling moves it all the same. A step in which any gradient is inf or NaN is skipped.
+    With one copy and a coupling that does nothing it is torch.optim.SGD or AdamW. A parameter without a gradient counts
+    as having a gradient of zero, since the coupling moves it all the same. A step in which any gradient is inf or NaN
+    is skipped; it counts as a step where bias corrections and periods are concerned.
 
     Args:
-        replicas: the two copies.
-        lr, momentum, weight_decay, nesterov: as in torch.optim.SGD, and held in param_groups as there.
-        L: the homotopy parameter, 0 ≤ L ≤ ∞; assign `.L` at any time. Smaller is closer; 0 merges the copies.
-        mode: "implicit" (stable for every L and lr) or "explicit" (equation (7); warns where it is bound to diverge).
+        replicas: the copies.
+        proposal: `SGD(…)` or `AdamW(…)`; its settings are held in param_groups under torch's names.
+        coupling: see `couplings`; assign `.coupling` at any time. Its settings are held in param_groups too.
         groups: parameter groups with settings of their own: dicts whose "params" is a function of a parameter's
-            name, or an iterable of names or of θ's parameters. What no group takes is in the first group of
-            `param_groups`. Each group of `param_groups` lists θ's parameters, then η's.
+            name, or an iterable of names or of copy 0's parameters. What no group takes is in the first group of
+            `param_groups`. Each group of `param_groups` lists copy 0's parameters, then copy 1's, and so on.
         skip_nonfinite: look at all gradients before the step and skip it if any is inf or NaN; costs one more read of
             the gradients. With a GradScaler its own check serves.
         capturable: `step` may be captured in a CUDA graph, which then reads the settings from the device: after
-            changing any (lr, L, …) call `refresh` before the next replay. Assigning `.L` does so by itself.
+            changing any (lr, L, …) call `refresh` before the next replay, or `plan` many steps at once. Assigning
+            `.coupling` refreshes by itself.
 
     Raises:
-        ValueError: a setting outside its range, a name that the model does not have, a parameter in two groups.
+        ValueError: a setting outside its range, a name that the model does not have, a parameter in two groups, a
+            coupling that moves an anchor which is zero.
     """
 
     def __init__(
         self,
         replicas: Replicas,
-        lr: float,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        L: float = 0.01,
-        mode: str = "implicit",
+        proposal: Proposal,
+        coupling: Coupling,
         *,
         groups: Iterable[Mapping[str, Any]] = (),
         skip_nonfinite: bool = True,
@@ -65,57 +66,73 @@ class HomotopySGD(torch.optim.Optimizer):
         self.replicas = replicas
         self.skip_nonfinite = skip_nonfinite
         self.capturable = capturable
+        self.proposal = proposal
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
         device = replicas.params.device
         self._codes = replicas.partition.codes.clone()  # (group, label) of each tile
-        self._momentum = torch.zeros_like(replicas.params)
         self._stats = torch.tensor([float("nan"), float("nan"), 0.0, 0.0], dtype=torch.float64, device=device)
-        self._known: tuple[Any, ...] | None = None  # the settings that the coefficients were made from
+        self._buffers: dict[str, Tensor] = {}  # [m, N] each
+        self._idle: dict[str, Tensor] = {}  # those of which there is no need at the moment
+        self._steps = 0  # done so far, skipped ones included
+        self._step_tensor = torch.zeros((), dtype=torch.float32, device="cpu")  # the same, as torch's AdamW shows it
+        self._known: Any = None  # what the rules on the device were made from
+        self._planned: Tensor | None = None
         self._warned = False
-        theta, eta, momentum_theta, momentum_eta = [*replicas.params, *self._momentum]
-        self._momentum_views = [replicas.layout.views(row) for row in (momentum_theta, momentum_eta)]
-        # What the step reads and writes, without and with momentum; and what it writes, under every name: the
-        # parameters share the buffer's memory but not its version counter.
-        self._buffers = [
-            (theta, eta, *replicas.grads, *buffers, *(replicas.low if replicas.low is not None else (None, None)))
-            for buffers in ((None, None), (momentum_theta, momentum_eta))
-        ]
-        self._mutated = [*replicas.parameters[0], *replicas.parameters[1], theta, momentum_theta, self._stats]
-        self._index_of = {id(p): i for i, p in enumerate(replicas.parameters[0])}  # in the layout, by θ's parameter
-        defaults = dict(lr=lr, momentum=momentum, dampening=0.0, weight_decay=weight_decay, nesterov=nesterov, L=L,
-                        mode=mode)  # fmt: skip
+        self._index_of = {
+            id(p): i for i, p in enumerate(replicas.parameters[0])
+        }  # in the layout, by copy 0's parameter
+        _check_coupling(coupling, replicas)
+        defaults = {**_settings(proposal), "dampening": 0.0, **_coupling_settings(coupling)}
+        if not isinstance(proposal, SGD):
+            del defaults["dampening"]
+        self._coupling_class = type(coupling)
         super().__init__(self._split(groups), defaults)
-        # All groups' rows of the op's `hyper`, then their tables: one buffer, one copy to the device.
-        count = len(self.param_groups)
-        self.coefficients = torch.zeros(count * (6 + 18), dtype=torch.float64, device=device)
-        self._hyper = self.coefficients[: 6 * count].view(count, 6)
-        self._tables = self.coefficients[6 * count :].view(count, 3, 2, 3)
         for index, group in enumerate(self.param_groups):
-            _check(group)
+            self._proposal_of(group), self._coupling_of(group)  # raise for what is outside its range
             for i in self._indices(group):
                 self._codes[replicas.layout.tiles(i), 0] = index
+        self.rules = torch.zeros(0)  # what the kernels read, a row for each group; see csrc/args.h
+        self._make_buffers()
+
+    # ------------------------------------------------------------------------------------------------- settings
 
     @property
-    def L(self) -> float:
-        """The homotopy parameter of all groups (of the first, should they differ)."""
-        return self.param_groups[0]["L"]
+    def coupling(self) -> Coupling:
+        """The coupling of all groups (of the first, should they differ)."""
+        return self._coupling_of(self.param_groups[0])
 
-    @L.setter
-    def L(self, value: float) -> None:
+    @coupling.setter
+    def coupling(self, value: Coupling) -> None:
+        _check_coupling(value, self.replicas)
         for group in self.param_groups:
-            check_L(value, group["mode"])
+            for name in _coupling_settings(self.coupling):
+                group.pop(name, None)
+        self._coupling_class = type(value)
         for group in self.param_groups:
-            group["L"] = value
+            group.update(_coupling_settings(value))
+        self._make_buffers()
         if self.capturable:
             self.refresh()
 
     @property
+    def steps(self) -> int:
+        """How many steps were taken, skipped ones included. After planned steps, reading it waits for the device."""
+        if self._planned is not None:
+            self._steps = self._plan_start + int(self._cursor)
+        return self._steps
+
+    @property
     def stats(self) -> StepStats:
         """What the last step left behind. Reading it waits for the device."""
-        anchor, distance, _, skipped = self._stats.tolist()
-        # At the ends of the path a term's factor is infinite where the term itself is 0.
-        penalty = (self.L * anchor if anchor else 0.0) + (distance / self.L if distance and self.L else 0.0)
-        return StepStats(penalty if anchor == anchor else anchor, distance**0.5, int(skipped))
+        anchor, pairs, _, skipped = self._stats.tolist()
+        coupling, penalty = self.coupling, float("nan")
+        if anchor == anchor and isinstance(coupling, Homotopy | Explicit):
+            # At the ends of the path a term's factor is infinite where the term itself is 0.
+            L = coupling.L
+            penalty = (L * anchor if anchor else 0.0) + (pairs / L if pairs and L else 0.0)
+        return StepStats(penalty, pairs**0.5, int(skipped))
+
+    # ------------------------------------------------------------------------------------------------- stepping
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zeroes the flat gradient buffer; `set_to_none` is there for callers and changes nothing."""
@@ -124,13 +141,13 @@ class HomotopySGD(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only for the constructor: the copies' parameters are all in groups from the start; see `groups`."""
         if getattr(self, "_complete", False):
-            raise ValueError("param_groups is complete: pass groups= to HomotopySGD instead")
+            raise ValueError(f"param_groups is complete: pass groups= to {type(self).__name__} instead")
         super().add_param_group(param_group)
         held = sum(len(group["params"]) for group in self.param_groups)
-        self._complete = held == 2 * len(self.replicas.layout.names)
+        self._complete = held == len(self.replicas) * len(self.replicas.layout.names)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both copies.
+        """One step of all copies.
 
         Args:
             closure: re-evaluates the model, fills the gradients and returns the loss.
@@ -142,119 +159,347 @@ class HomotopySGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.replicas.collect_grads()
-        if self.replicas.params.is_cuda and torch.cuda.is_current_stream_capturing():
+        replicas = self.replicas
+        replicas.collect_grads()
+        if self._planned is not None:
+            self.rules.view(-1).copy_(self._planned.index_select(0, self._cursor)[0])
+            self._cursor += 1
+        elif replicas.params.is_cuda and torch.cuda.is_current_stream_capturing():
             if not self.capturable:
-                raise RuntimeError("a CUDA graph captures HomotopySGD.step(), which needs capturable=True")
+                raise RuntimeError(f"a CUDA graph captures {type(self).__name__}.step(), which needs capturable=True")
             if self._known is None:
-                raise RuntimeError("call HomotopySGD.refresh() before a CUDA graph captures step()")
+                raise RuntimeError(f"call {type(self).__name__}.refresh() before a CUDA graph captures step()")
         else:
             self.refresh()
-        uses_momentum = any(group["momentum"] for group in self.param_groups)
+            self._steps += 1
+            self._step_tensor.fill_(self._steps)
         found_inf = getattr(self, "found_inf", None)
-        step_buffers(
-            self._mutated, *self._buffers[uses_momentum],
-            self.replicas.anchor, self._codes, self.replicas.partition.labels, self._hyper, self._tables,
-            getattr(self, "grad_scale", None), found_inf, self._stats, self.skip_nonfinite and found_inf is None,
-        )  # fmt: skip
-        if uses_momentum and not self.state:
-            self._show_momentum()
+        settings = (self.rules, getattr(self, "grad_scale", None), found_inf, self._stats, self.proposal.kernel,
+                    self._explicit, self.skip_nonfinite and found_inf is None, PROPOSE | SHARE)  # fmt: skip
+        if self._coupling_class is Parle:
+            self._step_parle()
+        else:
+            partition, moves = replicas.partition, self._moves_anchor
+            step_buffers(
+                self._mutated, [replicas.params], [replicas.grads], self._state_rows,
+                [] if replicas.low is None else [replicas.low], replicas.anchor, replicas.anchor if moves else None, None,
+                self._codes, partition.labels, partition.seed, *settings,
+            )  # fmt: skip
+        if self._buffers and not self._shown:
+            self._show_state()
         return loss
 
-    def refresh(self) -> None:
-        """Brings the coefficients on the device up to date with param_groups; `step` does so unless it is captured."""
-        settings = self._settings()
-        if settings == self._known:
-            return
-        for group in self.param_groups:
-            check_L(group["L"], group["mode"])
-        values = self._coefficients_of(settings)
-        if self.coefficients.is_cuda:
-            values = values.pin_memory()  # so that the copy waits for nothing
-        self.coefficients.copy_(values, non_blocking=True)
-        self._known = settings
-        self._warn_if_unstable(settings)
+    def _step_parle(self) -> None:
+        """Each copy by itself around its point; then, when the period ends, the points."""
+        replicas, coupling = self.replicas, self.coupling
+        assert isinstance(coupling, Parle)
+        points, averages = self._buffers["point"], self._buffers["average"]
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:  # all copies skip, or none
+            found_inf = torch.zeros(1, dtype=torch.float32, device=replicas.params.device)
+            if self.skip_nonfinite:
+                found_inf.copy_(~replicas.grads.isfinite().all())
+        codes = self._codes * self._codes.new_tensor([1, 0])  # groups, without labels
+        stats = self._stats.expand(len(replicas), 4).contiguous()
+        for j in range(len(replicas)):
+            step_buffers(
+                [*self._mutated, stats], [replicas.params[j]], [replicas.grads[j]], [buffer[j] for buffer in self._state_rows],
+                [] if replicas.low is None else [replicas.low[j]], points[j], averages[j], None, codes, None, None,
+                self.rules, getattr(self, "grad_scale", None), found_inf, stats[j], self.proposal.kernel, False, False,
+                PROPOSE | SHARE,
+            )  # fmt: skip
+        if self._steps % coupling.every == 0 and not found_inf.item():
+            coupling.move_points(replicas.params, points, averages)
+            if replicas.low is not None:
+                replicas.low.copy_(replicas.params)
+        self._stats[0], self._stats[2:] = stats[:, 0].sum(), stats[0, 2:]
+        if not found_inf.item():
+            self._stats[1] = replicas.distance() ** 2
 
-    def coefficients_at(self, **changed: Any) -> Tensor:
-        """What `coefficients` would hold, on the CPU, were some settings changed in every group (lr=0.1, say)."""
-        return self._coefficients_of(self._settings(**changed))
+    def refresh(self) -> None:
+        """Brings the rules on the device up to date with param_groups; `step` does so unless it is captured."""
+        step = self._steps + 1
+        settings = [self._group_settings(group) for group in self.param_groups]
+        known = (settings, step if self._moves_with_steps() else None)
+        if known == self._known:
+            return
+        if self._buffer_names() != self._needed:  # a momentum that was 0
+            self._make_buffers()
+        values = self._values_at(step)
+        if self.rules.is_cuda:
+            values = values.pin_memory()  # so that the copy waits for nothing
+        self.rules.copy_(values, non_blocking=True)
+        self._known = known
+        self._warn_if_unstable()
+
+    def plan(self, lrs: Sequence[float], start: int = 0) -> None:
+        """Puts the rules of many steps on the device, where each `step`, captured or not, takes the next.
+
+        Args:
+            lrs: the learning rate of every step, all groups alike. A captured graph reads them where they are: the next
+                plan must be as long.
+            start: which of them comes next.
+        """
+        if self._coupling_class is Parle:
+            raise ValueError("plan cannot hold Parle's steps: its points are moved by the host")
+        done = self.steps
+        first = done - start
+        rows = torch.stack([self._values_at(first + i + 1, lr=lr).view(-1) for i, lr in enumerate(lrs)])
+        if self._planned is None or len(self._planned) != len(rows):
+            self._planned = torch.empty_like(rows, device=self.rules.device)
+            self._cursor = torch.zeros(1, dtype=torch.int64, device=self.rules.device)
+        self._planned.copy_(rows)
+        self._plan_start = first
+        self._cursor.fill_(start)
+        self._known = None
+
+    def values_at(self, **changed: Any) -> Tensor:
+        """What `rules` would hold at the next step, on the CPU, were some settings changed in every group (lr=0.1, say)."""
+        return self._values_at(self.steps + 1, **changed)
 
     # ------------------------------------------------------------------------------------------------- state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer.load_state_dict; the momentum goes into the flat buffer."""
-        super().load_state_dict(state_dict)
-        # The saved momenta themselves: torch has cast its copies to the parameters' dtype.
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        saved = dict(zip([p for group in self.param_groups for p in group["params"]], keys, strict=True))
-        for row, parameters in enumerate(self.replicas.parameters):
-            for parameter, view in zip(parameters, self._momentum_views[row], strict=True):
-                buffer = state_dict["state"].get(saved[parameter], {}).get("momentum_buffer")
-                view.zero_() if buffer is None else view.copy_(buffer)
-        if self.state:
-            self._show_momentum()
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.Optimizer.state_dict. Each group holds the coupling's settings and how many `steps` were done."""
+        for group in self.param_groups:
+            group["steps"] = self.steps
+        return super().state_dict()
 
-    def sgd_state_dict(self, copy: str) -> dict[str, Any]:
-        """The state_dict that torch.optim.SGD over one copy's parameters (in param_groups' order) would have.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer.load_state_dict; what it holds goes into the flat buffers."""
+        final = state_dict
+
+        def catch(optimizer: Any, loaded: dict[str, Any]) -> None:  # after the user's own hooks have had their say
+            nonlocal final
+            final = loaded
+
+        def take(optimizer: Any) -> None:
+            self._take_state(final)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(catch),
+            self.register_load_state_dict_post_hook(take, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def torch_state_dict(self, copy: int | str) -> dict[str, Any]:
+        """The state_dict that torch's own optimizer (SGD, AdamW) over one copy's parameters, in param_groups' order,
+        would have.
 
         Args:
-            copy: "theta", "eta", or "mean" for the merged model's.
+            copy: its number, "theta" or "eta", or "mean" for the merged model's.
         """
-        rows = {"theta": self._momentum_views[0], "eta": self._momentum_views[1]}
-        if copy == "mean":
-            views = self.replicas.layout.views(self._momentum.mean(0))
-        elif copy in rows:
-            views = rows[copy]
-        else:
-            raise ValueError(f"copy must be 'theta', 'eta' or 'mean', got {copy!r}")
+        row = self._row(copy, "mean")
         groups, state, count = [], {}, 0
+        views = {
+            name: self.replicas.layout.views(buffer.mean(0) if row is None else buffer[row])
+            for name, buffer in (self._idle | self._buffers).items()
+        }
+        one = self.proposal.torch_optimizer([nn.Parameter(torch.empty(0))], lr=self.proposal.lr)
+        defaults = {k: v for k, v in one.param_groups[0].items() if k != "params"}
         for group in self.param_groups:
             indices = self._indices(group)
-            settings = {k: v for k, v in group.items() if k != "params" and k not in _OWN}
-            groups.append({**_SGD_DEFAULTS, **settings, "params": list(range(count, count + len(indices)))})
+            settings = {k: v for k, v in group.items() if k in {*defaults, "initial_lr"}}
+            groups.append({**defaults, **settings, "params": list(range(count, count + len(indices)))})
             for i in indices:
                 if self.state:
-                    state[count] = {"momentum_buffer": views[i].clone()}
+                    state[count] = {name: views[name][i].clone() for name in self._proposal_of(group).buffers}
+                    if not isinstance(self.proposal, SGD):
+                        state[count]["step"] = torch.tensor(float(self.steps))
                 count += 1
         return {"state": state, "param_groups": groups}
 
-    def load_sgd_state_dict(self, copy: str, state_dict: dict[str, Any]) -> None:
-        """Takes one copy's momentum, and the settings, from a torch.optim.SGD's state_dict.
+    def load_torch_state_dict(self, copy: int | str, state_dict: dict[str, Any]) -> None:
+        """Takes one copy's buffers, and the settings, from the state_dict of torch's own optimizer.
 
         Args:
-            copy: "theta" or "eta".
-            state_dict: of an SGD over parameters of the same shapes in param_groups' order.
+            copy: its number, "theta" or "eta".
+            state_dict: of an optimizer over parameters of the same shapes in param_groups' order.
         """
-        if copy not in ("theta", "eta"):
-            raise ValueError(f"copy must be 'theta' or 'eta', got {copy!r}")
-        views = self._momentum_views[copy == "eta"]
+        row = self._row(copy)
+        layout = self.replicas.layout
         groups = state_dict["param_groups"]
-        sizes, expected = [len(g["params"]) for g in groups], [len(g["params"]) // 2 for g in self.param_groups]
+        sizes, expected = [len(g["params"]) for g in groups], [len(self._indices(g)) for g in self.param_groups]
         if sizes != expected:
             raise ValueError(f"state_dict has groups of {sizes} parameters, but this optimizer has {expected}")
-        plan = []
+        names = self.proposal.all_buffers
+        plan, steps = [], set()
         for group, saved in zip(self.param_groups, groups, strict=True):
-            if saved.get("dampening") or saved.get("maximize"):
-                raise ValueError("state_dict has dampening or maximize set, which HomotopySGD does not have")
+            if saved.get("dampening") or saved.get("amsgrad"):
+                raise ValueError("state_dict has dampening or amsgrad set, which this optimizer does not have")
             for i, key in zip(self._indices(group), saved["params"], strict=True):
-                buffer = state_dict["state"].get(key, {}).get("momentum_buffer")
-                if buffer is not None and buffer.shape != views[i].shape:
-                    raise ValueError(
-                        f"state_dict's momentum_buffer {key} has shape {tuple(buffer.shape)}, "
-                        f"but {self.replicas.layout.names[i]!r} has {tuple(views[i].shape)}"
-                    )
-                plan.append((views[i], buffer))
-        for view, buffer in plan:
-            view.zero_() if buffer is None else view.copy_(buffer)
+                entry = state_dict["state"].get(key, {})
+                steps |= {int(entry["step"])} if "step" in entry else set()
+                for name in names:
+                    buffer = entry.get(name)
+                    if buffer is not None and buffer.shape != layout.shapes[i]:
+                        raise ValueError(
+                            f"state_dict's {name} {key} has shape {tuple(buffer.shape)}, "
+                            f"but {layout.names[i]!r} has {tuple(layout.shapes[i])}"
+                        )
+                    plan.append((name, i, buffer))
+        if len(steps) > 1:
+            raise ValueError(f"state_dict's parameters have taken different numbers of steps, {sorted(steps)}")
         for group, saved in zip(self.param_groups, groups, strict=True):
-            group.update({k: v for k, v in saved.items() if k != "params" and k in {*group, "initial_lr"}})
-        self._show_momentum()
+            group.update(
+                {k: v for k, v in saved.items() if k != "params" and k in {*_settings(self.proposal), "initial_lr"}}
+            )
+        self._make_buffers()
+        views = {name: layout.views(buffer[row]) for name, buffer in self._buffers.items()}
+        for name, i, buffer in plan:
+            if name in views:
+                views[name][i].zero_() if buffer is None else views[name][i].copy_(buffer)
+        self._set_steps(steps.pop() if steps else self.steps)
+        self._show_state()
+
+    def __getstate__(self) -> dict[str, Any]:
+        groups = [
+            {**group, "params": [self.replicas.layout.names[i] for i in self._indices(group)]}
+            for group in self.param_groups
+        ]
+        return {
+            "replicas": self.replicas,
+            "proposal": self.proposal,
+            "coupling": self.coupling,
+            "groups": groups,
+            "skip_nonfinite": self.skip_nonfinite,
+            "capturable": self.capturable,
+            "state_dict": self.state_dict(),
+            "stats": self._stats,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "replicas" not in state:  # torch's load_state_dict hands over its own {state, param_groups}
+            super().__setstate__(state)
+            return
+        options = {name: value for name, value in state.items() if name not in ("state_dict", "stats")}
+        CoupledOptimizer.__init__(self, **options)
+        self.load_state_dict(state["state_dict"])
+        self._stats.copy_(state["stats"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CoupledOptimizer":
+        """With Replicas of its own, or, where these are copied in the same call, over those."""
+        new = memo[id(self)] = object.__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
 
     # ------------------------------------------------------------------------------------------------- private
 
+    def _make_buffers(self) -> None:
+        """Allocates what the proposal and the coupling need, keeping what is there; and says what a step writes."""
+        replicas, coupling = self.replicas, self.coupling
+        self._needed = self._buffer_names()
+        kept, self._buffers = self._buffers, {}
+        for name in self._needed:
+            self._buffers[name] = kept[name] if name in kept else replicas.rows(len(self._buffers) + 2)
+        self._state_rows = list(self._buffers.values())
+        for name in coupling.buffers:  # Parle's points and averages begin where the copies are
+            self._buffers[name] = kept[name] if name in kept else replicas.params.clone()
+        self._idle = {
+            k: v for k, v in (kept | self._idle).items() if k not in self._buffers
+        }  # momentum of 0 for a while
+        self._explicit, self._moves_anchor = coupling.explicit, coupling.moves_anchor
+        width = len(self._rules_of(self.param_groups[0], 1))
+        if self.rules.shape != (len(self.param_groups), width):
+            like = replicas.params
+            self.rules = torch.zeros(len(self.param_groups), width, dtype=arithmetic(like.dtype), device=like.device)
+        # What a step writes, under every name: the parameters share the buffer's memory but not its version counter.
+        self._mutated: list[Tensor] = [p for row in replicas.parameters for p in row]
+        self._mutated += [replicas.params, *self._buffers.values(), self._stats]
+        self._mutated += [replicas.anchor] if self._moves_anchor and replicas.anchor is not None else []
+        self._known, self._shown = None, False
+
+    def _buffer_names(self) -> list[str]:
+        """Which of the proposal's buffers some group needs."""
+        names = {name for group in self.param_groups for name in self._proposal_of(group).buffers}
+        return [name for name in self.proposal.all_buffers if name in names]
+
+    def _proposal_of(self, group: Mapping[str, Any], **changed: Any) -> Proposal:
+        values = {**group, **changed}
+        own: dict[str, Any] = {f.name: values[f.name] for f in fields(self.proposal)}
+        own["lr"] = float(own["lr"])  # it may be a tensor
+        return type(self.proposal)(**own)
+
+    def _coupling_of(self, group: Mapping[str, Any], **changed: Any) -> Coupling:
+        values = {**group, **changed}
+        return self._coupling_class(**{f.name: values[f.name] for f in fields(self._coupling_class)})
+
+    def _group_settings(self, group: Mapping[str, Any]) -> list[Any]:
+        return [
+            float(v) if isinstance(v, Tensor) else v
+            for k, v in group.items()
+            if k not in ("params", "steps", "initial_lr")
+        ]
+
+    def _moves_with_steps(self) -> bool:
+        return not isinstance(self.proposal, SGD) or any(group["every"] > 1 for group in self.param_groups)
+
+    def _values_at(self, step: int, **changed: Any) -> Tensor:
+        """The rules of every group at a step, in the kernels' arithmetic, on the CPU."""
+        return torch.stack([self._rules_of(g, step, **changed) for g in self.param_groups]).to(self.rules.dtype)
+
+    def _rules_of(self, group: Mapping[str, Any], step: int, **changed: Any) -> Tensor:
+        copies = 1 if self._coupling_class is Parle else len(self.replicas)
+        return rules_of(self._proposal_of(group, **changed), self._coupling_of(group, **changed), copies, step)
+
+    def _row(self, copy: int | str, *more: str) -> int | None:
+        """A copy's row; None for "mean"."""
+        names = {"theta": 0, "eta": 1} if len(self.replicas) > 1 else {"theta": 0}
+        if copy in more:
+            return None
+        row = names.get(copy, -1) if isinstance(copy, str) else copy
+        if not 0 <= row < len(self.replicas):
+            known = ", ".join(map(repr, (*names, *more)))
+            raise ValueError(f"copy must be {known} or a number below {len(self.replicas)}, got {copy!r}")
+        return row
+
+    def _set_steps(self, steps: int) -> None:
+        self._steps, self._planned, self._known = steps, None, None
+        self._step_tensor.fill_(steps)
+
+    def _take_state(self, state_dict: dict[str, Any]) -> None:
+        """Brings what a state_dict holds (itself: torch has cast its copies to the parameters' dtype) into the buffers."""
+        name = self.param_groups[0].get("coupling", self._coupling_class.__name__)
+        self._coupling_class = couplings.BY_NAME[name]
+        for group in self.param_groups:
+            for key, value in _coupling_settings(self._coupling_class()).items():
+                group.setdefault(key, value)
+        self._make_buffers()
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        saved = dict(zip([p for group in self.param_groups for p in group["params"]], keys, strict=True))
+        steps = {int(group.pop("steps")) for group in self.param_groups if "steps" in group}
+        for buffer_name, buffer in self._buffers.items():
+            for row, parameters in zip(buffer, self.replicas.parameters, strict=True):
+                for parameter, view in zip(parameters, self.replicas.layout.views(row), strict=True):
+                    entry = state_dict["state"].get(saved[parameter], {})
+                    steps |= {int(entry["step"])} if "step" in entry and not steps else set()
+                    value = entry.get(buffer_name)
+                    if value is not None:
+                        view.copy_(value)
+                    elif buffer_name in self.proposal.all_buffers:
+                        view.zero_()
+        self._set_steps(max(steps, default=0))
+        if self.state:
+            self._show_state()
+
+    def _show_state(self) -> None:
+        """Makes the views of the flat buffers the optimizer's state, in torch's own layout."""
+        step = {} if isinstance(self.proposal, SGD) else {"step": self._step_tensor}
+        for row, parameters in enumerate(self.replicas.parameters):
+            views = {name: self.replicas.layout.views(buffer[row]) for name, buffer in self._buffers.items()}
+            for group in self.param_groups:
+                names = [*self._proposal_of(group).buffers, *self._coupling_class.buffers]
+                for i in self._indices(group):
+                    self.state[parameters[i]] = step | {name: views[name][i] for name in names}
+        self._shown = True
+
     def _split(self, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """torch's param_groups from ours: the rest first, then each of `groups`; θ's parameters, then η's."""
-        names, (theta, eta) = self.replicas.layout.names, self.replicas.parameters
+        """torch's param_groups from ours: the rest first, then each of `groups`; copy 0's parameters, then copy 1's, …"""
+        names, rows = self.replicas.layout.names, self.replicas.parameters
         taken: set[int] = set()
         result = []
         for group in groups:
@@ -275,67 +520,97 @@ class HomotopySGD(torch.optim.Optimizer):
                             else f"a tensor of shape {tuple(getattr(item, 'shape', ()))}"
                         )
                         raise ValueError(
-                            f"groups name {what}, which is no trainable parameter of θ; there are {', '.join(names)}"
+                            f"groups name {what}, which is no trainable parameter of copy 0; there are {', '.join(names)}"
                         )
             if not indices:
                 raise ValueError("groups hold a group whose params match no parameter")
             if taken & set(indices) or len(set(indices)) < len(indices):
                 raise ValueError(f"groups name {names[min(taken & set(indices) or set(indices))]!r} more than once")
             taken |= set(indices)
-            result.append({**group, "params": [theta[i] for i in indices] + [eta[i] for i in indices]})
+            result.append({**group, "params": [row[i] for row in rows for i in indices]})
         rest = [i for i in range(len(names)) if i not in taken]
         if rest:
-            result.insert(0, {"params": [theta[i] for i in rest] + [eta[i] for i in rest]})
+            result.insert(0, {"params": [row[i] for row in rows for i in rest]})
         return result
 
     def _indices(self, group: dict[str, Any]) -> list[int]:
         """The layout's numbers of a group's parameters."""
         params: list[nn.Parameter] = group["params"]
-        return [self._index_of[id(p)] for p in params[: len(params) // 2]]
+        return [self._index_of[id(p)] for p in params[: len(params) // len(self.replicas)]]
 
-    @staticmethod
-    def _coefficients_of(settings: tuple[tuple[Any, ...], ...]) -> Tensor:
-        rows = [step_coefficients(*setting) for setting in settings]
-        parts = (torch.tensor([row[i] for row in rows], dtype=torch.float64, device="cpu").flatten() for i in (0, 1))
-        return torch.cat(list(parts))
-
-    def _settings(self, **changed: Any) -> tuple[tuple[Any, ...], ...]:
-        return tuple(
-            (
-                float(g["L"]),
-                float(g["lr"]),
-                float(g["momentum"]),
-                float(g["weight_decay"]),
-                bool(g["nesterov"]),
-                g["mode"],
-            )
-            for g in ({**group, **changed} for group in self.param_groups)
-        )
-
-    def _warn_if_unstable(self, settings: tuple[tuple[Any, ...], ...]) -> None:
-        for L, lr, momentum, _, nesterov, mode in settings:
+    def _warn_if_unstable(self) -> None:
+        if self._coupling_class is not Explicit or self._warned or not isinstance(self.proposal, SGD):
+            return
+        for group in self.param_groups:
+            lr, momentum, L = float(group["lr"]), group["momentum"], group["L"]
             # Heavy ball on a quadratic of curvature h is stable for lr·h < 2(1+μ); Nesterov for 2(1+μ)/(1+2μ).
-            bound = 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
-            if mode == "explicit" and lr * 4 / L > bound and not self._warned:
+            bound = 2 * (1 + momentum) / (1 + 2 * momentum if group["nesterov"] else 1)
+            stiffness = 2 * len(self.replicas)
+            if lr * stiffness / L > bound:
                 self._warned = True
                 warnings.warn(
-                    f"explicit steps diverge here: lr·4/L = {lr * 4 / L:.3g} exceeds {bound:.3g} (lr={lr:.3g}, L={L:.3g}); "
-                    "mode='implicit' is stable for every lr and L",
+                    f"explicit steps diverge here: lr·{stiffness}/L = {lr * stiffness / L:.3g} exceeds {bound:.3g} "
+                    f"(lr={lr:.3g}, L={L:.3g}); the implicit coupling is stable for every lr and L",
                     stacklevel=4,
                 )
-
-    def _show_momentum(self) -> None:
-        """Makes the views of the flat momentum the optimizer's state, in torch.optim.SGD's own layout."""
-        for parameters, views in zip(self.replicas.parameters, self._momentum_views, strict=True):
-            for parameter, view in zip(parameters, views, strict=True):
-                self.state[parameter] = {"momentum_buffer": view}
+                return
 
 
-_SGD_DEFAULTS: dict[str, Any] = {
-    k: v for k, v in torch.optim.SGD([nn.Parameter(torch.empty(0))]).param_groups[0].items() if k != "params"
-}
+class HomotopySGD(CoupledOptimizer):
+    """The paper's: SGD on every copy, pulled together by equation (3) as `L` falls.
+
+    Args:
+        replicas: the copies.
+        lr, momentum, weight_decay, nesterov: as in torch.optim.SGD, and held in param_groups as there.
+        L: the homotopy parameter, 0 ≤ L ≤ ∞; assign `.L` at any time. Smaller is closer; 0 merges the copies.
+        mode: "implicit" (stable for every L and lr) or "explicit" (equation (7); warns where it is bound to diverge).
+        groups, skip_nonfinite, capturable: as in CoupledOptimizer.
+
+    Raises:
+        ValueError: as CoupledOptimizer.
+    """
+
+    def __init__(
+        self,
+        replicas: Replicas,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        L: float = 0.01,
+        mode: str = "implicit",
+        **options: Any,
+    ):
+        if mode not in ("implicit", "explicit"):
+            raise ValueError(f"mode must be 'implicit' or 'explicit', got {mode!r}")
+        if not float(lr) > 0:
+            raise ValueError(f"lr must be positive and finite, got {lr}")
+        coupling = Homotopy(L) if mode == "implicit" else Explicit(L)
+        super().__init__(replicas, SGD(lr, momentum, weight_decay, nesterov), coupling, **options)
+
+    @property
+    def L(self) -> float:
+        """The homotopy parameter of all groups (of the first, should they differ)."""
+        return self.param_groups[0]["L"]
+
+    @L.setter
+    def L(self, value: float) -> None:
+        self.coupling = replace(self.coupling, L=value)  # type: ignore[call-arg]
 
 
-def _check(group: dict[str, Any]) -> None:
-    check_hyper(group["lr"], group["momentum"], group["weight_decay"], group["nesterov"])
-    check_L(group["L"], group["mode"])
+def _settings(proposal: Proposal) -> dict[str, Any]:
+    return {f.name: getattr(proposal, f.name) for f in fields(proposal)}
+
+
+def _coupling_settings(coupling: Coupling) -> dict[str, Any]:
+    return {"coupling": type(coupling).__name__, **coupling.settings()}
+
+
+def _check_coupling(coupling: Coupling, replicas: Replicas) -> None:
+    if not isinstance(coupling, Coupling):
+        raise TypeError(f"coupling must be one of {', '.join(couplings.BY_NAME)}, got {type(coupling).__name__}")
+    coupling.rules(len(replicas), 1.0, coupling.every)  # raises for what this number of copies cannot have
+    if coupling.moves_anchor and replicas.anchor is None:
+        raise ValueError(
+            f"coupling {type(coupling).__name__} moves the anchor, which is zero in these Replicas; pass anchor='init'"
+        )

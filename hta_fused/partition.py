@@ -1,64 +1,21 @@
-"""Which of the two blocks each trainable element of a model belongs to, and where it lies in a flat buffer.
+"""Which block each trainable element of a model belongs to.
 
-A `Layout` lays a model's trainable parameters out in one flat buffer; a `Partition` gives each of its elements a label:
-0 coupled only, 1 anchored in θ (block 1), 2 anchored in η (block 2). Long runs of one label cost nothing: a code for
-each tile of 1024 elements says it, and only tiles that mix labels keep a byte an element. Imports reference.py for the
-size of a tile.
+A `Partition` gives each element of a flat buffer a label: 0 coupled only, b ≥ 1 for block b, on which one copy is free
+and the others are anchored (couplings.free_block; for two copies label 1 is anchored in θ, label 2 in η). Long runs of
+one label cost nothing: a code for each tile of 1024 elements says it. Tiles that mix labels keep a byte an element, or
+draw labels by a hash of (seed, element), which costs nothing either and can be drawn anew at every step.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from math import prod
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .reference import TILE, expand
+from .kernels.reference import HASHED, TILE, expand
+from .layout import Layout, owners_of, trainable
 
 Part = str | Callable[[str], bool]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each trainable parameter of a model lies in a flat buffer. Each starts at a tile of its own."""
-
-    names: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
-    strides: tuple[tuple[int, ...], ...]
-    offsets: tuple[int, ...]
-    numel: int  # the padding included
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Layout":
-        """The layout of a model's parameters that require gradients; a tied parameter lies there once.
-
-        Memory formats are kept: a channels-last kernel is laid out in channels-last order.
-        """
-        names, shapes, strides, offsets, end = [], [], [], [], 0
-        for name, parameter in trainable(model).items():
-            names.append(name)
-            shapes.append(parameter.shape)
-            strides.append(torch.empty_like(parameter, device="meta").stride())  # dense, in the parameter's own order
-            offsets.append(end)
-            end += -(-parameter.numel() // TILE) * TILE
-        return cls(tuple(names), tuple(shapes), tuple(strides), tuple(offsets), end)
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """The parameters' shapes over a flat buffer of `numel` elements, in the order of `names`."""
-        return [
-            flat[offset : offset + prod(shape)].as_strided(shape, stride)
-            for offset, shape, stride in zip(self.offsets, self.shapes, self.strides, strict=True)
-        ]
-
-    def tiles(self, index: int) -> slice:
-        """The tiles that parameter number `index` fills."""
-        start = self.offsets[index] // TILE
-        return slice(start, start - (-prod(self.shapes[index]) // TILE))
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require gradients, by name; a tied one once, under its first name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 class Partition:
@@ -68,14 +25,18 @@ class Partition:
     (fully connected layers), or a function of the parameter's name that returns a bool.
     """
 
-    def __init__(self, labels: Tensor, layout: Layout | None = None):
-        """From one label an element: uint8 [N], in the buffer's order."""
+    def __init__(self, labels: Tensor, layout: Layout | None = None, *, blocks: int | None = None):
+        """From one label an element: uint8 [N], in the buffer's order; blocks: how many there are (default: the largest
+        label, at least 2)."""
         if labels.dtype != torch.uint8 or labels.dim() != 1:
             raise TypeError(f"labels must be a 1-D uint8 tensor, got {labels.dtype} of shape {tuple(labels.shape)}")
-        if labels.numel() and labels.amax() > 2:
-            raise ValueError(f"labels must be 0, 1 or 2, got {int(labels.amax())}")
+        largest = int(labels.amax()) if labels.numel() else 0
+        if blocks is not None and largest > blocks:
+            raise ValueError(f"labels must be at most {blocks}, the number of blocks, got {largest}")
+        self.blocks = max(2, largest) if blocks is None else blocks
         self.numel = labels.numel()
         self.layout = layout
+        self.seed: Tensor | None = None  # of the hashed labels
         missing = -self.numel % TILE
         tiles = torch.cat([labels, labels[-1:].expand(missing)]).view(-1, TILE)
         low = tiles.amin(1) if len(tiles) else tiles.new_empty(0)
@@ -87,43 +48,45 @@ class Partition:
     # ------------------------------------------------------------------------------------------------------ makers
 
     @classmethod
-    def conv_halves(cls, model: nn.Module, part: Part | None = None) -> "Partition":
-        """The paper's §2.1: each convolution kernel's first half of output channels is block 1, the rest block 2."""
+    def conv_blocks(cls, model: nn.Module, part: Part | None = None, *, blocks: int = 2) -> "Partition":
+        """The paper's §2.1: each convolution kernel's output channels in `blocks` runs, one after the other."""
 
         def label(name: str, owner: nn.Module, p: Tensor) -> Tensor | None:
             if not isinstance(owner, nn.modules.conv._ConvNd) or p.dim() < 3:
                 return None
             channel_dim = 1 if owner.transposed else 0
-            channels = p.shape[channel_dim]
-            shape = [channels if d == channel_dim else 1 for d in range(p.dim())]
-            return (1 + (torch.arange(channels, device="cpu") >= channels // 2).byte()).view(shape)
+            shape = [p.shape[channel_dim] if d == channel_dim else 1 for d in range(p.dim())]
+            return _runs(p.shape[channel_dim], blocks).view(shape)
 
-        return cls._label(model, label, part, "conv_halves", "convolution")
+        return cls._label(model, label, part, "conv_blocks", "convolution", blocks)
 
     @classmethod
-    def layer_halves(cls, model: nn.Module, part: Part | None = None) -> "Partition":
-        """The paper's §2.2: the weights of the first half of the fully connected layers are block 1, the rest block 2."""
+    def layer_blocks(cls, model: nn.Module, part: Part | None = None, *, blocks: int = 2) -> "Partition":
+        """The paper's §2.2: the weights of the fully connected layers in `blocks` runs of layers."""
         layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        first = {id(m) for m in layers[: len(layers) // 2]}
+        block = {id(layer): b for layer, b in zip(layers, _runs(len(layers), blocks), strict=True)}
 
         def label(name: str, owner: nn.Module, p: Tensor) -> Tensor | None:
-            if not isinstance(owner, nn.Linear) or p.dim() < 2:
-                return None
-            return torch.tensor(1 if id(owner) in first else 2, dtype=torch.uint8, device="cpu")
+            return block[id(owner)] if isinstance(owner, nn.Linear) and p.dim() >= 2 else None
 
-        return cls._label(model, label, part, "layer_halves", "fully connected layer")
+        return cls._label(model, label, part, "layer_blocks", "fully connected layer", blocks)
+
+    conv_halves, layer_halves = conv_blocks, layer_blocks  # the paper's cases, two blocks
 
     @classmethod
     def random(
-        cls, model: nn.Module, part: Part | None = None, *, p: float = 0.5, by: str = "element", seed: int = 0
-    ) -> "Partition":
+        cls, model: nn.Module, part: Part | None = None, *, p: float | None = None, by: str = "element", seed: int = 0,
+        blocks: int = 2,
+    ) -> "Partition":  # fmt: skip
         """Each weight ("element") or each output unit with all its weights ("unit", as dropout does) draws its block.
 
         Args:
-            p: the probability of block 1.
+            p: the probability of block 1, the others sharing the rest; by default all are equally likely.
             by: "element" or "unit".
             seed: of the draw; the same on every machine.
+            blocks: how many there are.
         """
+        p = 1 / blocks if p is None else p
         if not 0 <= p <= 1:
             raise ValueError(f"p must be a probability, got {p}")
         if by not in ("element", "unit"):
@@ -134,12 +97,25 @@ class Partition:
             if w.dim() < 2:
                 return None
             shape = w.shape if by == "element" else (len(w), *[1] * (w.dim() - 1))
-            return 2 - (torch.rand(shape, generator=generator, device="cpu") < p).byte()
+            drawn = torch.rand(shape, generator=generator, device="cpu")
+            others = 2 + ((drawn - p) / (1 - p) * (blocks - 1)).clamp(0, max(0, blocks - 2)).byte()
+            return torch.where(drawn < p, 1, others).byte() if blocks > 1 else torch.ones_like(drawn).byte()
 
-        return cls._label(model, label, part, "random", "weight of two or more dimensions")
+        return cls._label(model, label, part, "random", "weight of two or more dimensions", blocks)
 
     @classmethod
-    def own(cls, model: nn.Module, labels: Mapping[str, Tensor | int]) -> "Partition":
+    def hashed(cls, model: nn.Module, part: Part | None = None, *, seed: int = 0, blocks: int = 2) -> "Partition":
+        """Like `random` by element, all blocks equally likely, from a hash of (seed, element) inside the kernels: no
+        memory, the same on every backend, and drawn anew by `resample`. (The coupling with dropout, θ̃ = 0.)"""
+        result = cls._label(model, lambda name, owner, p: torch.tensor(255) if p.dim() >= 2 else None, part, "hashed",
+                            "weight of two or more dimensions", 255)  # fmt: skip
+        result.blocks = blocks
+        result.codes[result.codes[:, 1] == 255, 1] = HASHED
+        result.seed = torch.tensor([seed], dtype=torch.int64, device="cpu")
+        return result
+
+    @classmethod
+    def own(cls, model: nn.Module, labels: Mapping[str, Tensor | int], *, blocks: int = 2) -> "Partition":
         """Labels of your own: for each parameter's name a number, or a uint8 tensor that broadcasts to its shape.
 
         Parameters that are not named get label 0.
@@ -152,20 +128,22 @@ class Partition:
         def label(name: str, owner: nn.Module, p: Tensor) -> Tensor | None:
             return torch.as_tensor(labels[name], dtype=torch.uint8) if name in labels else None
 
-        return cls._label(model, label, None, "own", None)
+        return cls._label(model, label, None, "own", None, blocks)
 
     @classmethod
-    def make(cls, model: nn.Module, spec: "str | Partition | Mapping[str, Tensor | int]") -> "Partition":
+    def make(
+        cls, model: nn.Module, spec: "str | Partition | Mapping[str, Tensor | int]", blocks: int = 2
+    ) -> "Partition":
         """What `Replicas` takes as `partition`: a Partition, labels by name, or one of the names in `BY_NAME`."""
         if isinstance(spec, Partition):
             if spec.layout != Layout.of(model):
                 raise ValueError("partition was made for another model: names, shapes or memory formats differ")
             return spec
         if isinstance(spec, Mapping):
-            return cls.own(model, spec)
+            return cls.own(model, spec, blocks=blocks)
         if spec not in BY_NAME:
             raise ValueError(f"partition must be one of {', '.join(BY_NAME)}, got {spec!r}")
-        return BY_NAME[spec](model)
+        return BY_NAME[spec](model, blocks=blocks)
 
     @classmethod
     def _label(
@@ -175,8 +153,11 @@ class Partition:
         part: Part | None,
         maker: str,
         wanted: str | None,
+        blocks: int,
     ) -> "Partition":
         """Asks `label` for each trainable parameter; None is 0 throughout. `wanted` names what there must be one of."""
+        if not 1 <= blocks <= 255:
+            raise ValueError(f"blocks must be from 1 to 255, got {blocks}")
         layout = Layout.of(model)
         inside = _part(model, part)
         flat = torch.zeros(layout.numel, dtype=torch.uint8, device="cpu")
@@ -199,13 +180,19 @@ class Partition:
             raise ValueError(
                 f"partition {maker!r} found no {wanted} in the model" + (f" part {part!r}" if part else "")
             )
-        return cls(flat, layout)
+        return cls(flat, layout, blocks=blocks)
 
     # ------------------------------------------------------------------------------------------------------- uses
 
+    def resample(self, seed: int | None = None) -> None:
+        """Draws hashed labels anew: with the next seed, or a given one. In place, so that a captured graph follows."""
+        if self.seed is None:
+            raise ValueError("resample is for hashed labels; this Partition has none")
+        self.seed.add_(1) if seed is None else self.seed.fill_(seed)
+
     def flat(self) -> Tensor:
         """One label an element, uint8 [numel], in the buffer's order."""
-        return expand(self.codes, self.labels, torch.empty(self.numel, device=self.codes.device))[1].byte()
+        return expand(self.codes, self.labels, self.seed, self.numel, self.blocks, self.codes.device)[1].byte()
 
     def by_name(self) -> dict[str, Tensor]:
         """The labels as tensors of the parameters' shapes."""
@@ -217,9 +204,10 @@ class Partition:
         if self.codes.device == torch.device(device):
             return self
         moved = object.__new__(Partition)
-        moved.numel, moved.layout = self.numel, self.layout
+        moved.numel, moved.layout, moved.blocks = self.numel, self.layout, self.blocks
         moved.codes = self.codes.to(device)
         moved.labels = None if self.labels is None else self.labels.to(device)
+        moved.seed = None if self.seed is None else self.seed.to(device)
         return moved
 
     def describe(self) -> None:
@@ -228,18 +216,19 @@ class Partition:
 
     def table(self) -> str:
         """What `describe` prints."""
+        count = self.blocks + 1
         rows = [
             (
                 name,
                 "×".join(map(str, labels.shape)) or "scalar",
-                *torch.bincount(labels.flatten(), minlength=3).tolist(),
+                *torch.bincount(labels.flatten().long(), minlength=count).tolist(),
             )
             for name, labels in self.by_name().items()
         ]
-        rows.append(("total", "", *(sum(row[c] for row in rows) for c in (2, 3, 4))))
-        table = [("tensor", "shape", "0 coupled", "1 anchored in θ", "2 anchored in η")]
+        rows.append(("total", "", *(sum(row[c] for row in rows) for c in range(2, 2 + count))))
+        table = [("tensor", "shape", "0 coupled", *(f"block {b}" for b in range(1, count)))]
         table += [(name, shape, *(f"{c:,}" for c in counts)) for name, shape, *counts in rows]
-        widths = [max(len(row[c]) for row in table) for c in range(5)]
+        widths = [max(len(row[c]) for row in table) for c in range(2 + count)]
         return "\n".join(
             "  ".join(
                 cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
@@ -257,15 +246,6 @@ class Partition:
         return f"Partition({self.numel:,} elements, {len(self.codes):,} tiles, {mixed:,} of them mixed)"
 
 
-def owners_of(model: nn.Module) -> dict[int, nn.Module]:
-    """The first module that holds each parameter, by the parameter's id."""
-    owners: dict[int, nn.Module] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), module)
-    return owners
-
-
 def _part(model: nn.Module, part: Part | None) -> Callable[[str], bool]:
     if part is None:
         return lambda name: True
@@ -279,9 +259,18 @@ def _part(model: nn.Module, part: Part | None) -> Callable[[str], bool]:
     return lambda name: name in inside
 
 
+def _runs(count: int, blocks: int) -> Tensor:
+    """Labels of `count` things in `blocks` runs, whose lengths differ by at most one, the later the longer."""
+    things = torch.arange(count, device="cpu")
+    return (1 + ((things + 1) * blocks - 1) // max(1, count)).byte()
+
+
 BY_NAME: dict[str, Callable[..., Partition]] = {
-    "conv_halves": Partition.conv_halves,
-    "layer_halves": Partition.layer_halves,
+    "conv_blocks": Partition.conv_blocks,
+    "layer_blocks": Partition.layer_blocks,
     "random": Partition.random,
-    "random_units": lambda model, part=None, **options: Partition.random(model, part, by="unit", **options),
+    "random_units": partial(Partition.random, by="unit"),
+    "hashed": Partition.hashed,
+    "conv_halves": Partition.conv_blocks,  # the paper's names, of two blocks
+    "layer_halves": Partition.layer_blocks,
 }

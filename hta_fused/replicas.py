@@ -1,27 +1,28 @@
-"""Two copies of a model as the rows of one flat buffer: θ, η, their gradients and their anchor.
+"""Copies of a model as the rows of one flat buffer, with their gradients and their anchor.
 
-Owns the buffers and nothing else: no optimizer, no schedule, no data. Imports partition.py.
+Owns the buffers and nothing else: no optimizer, no schedule, no data. Imports layout.py and partition.py.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from .partition import Layout, Partition, owners_of, trainable
-from .reference import LOW
+from .kernels.reference import LOW
+from .layout import Layout, owners_of, trainable
+from .partition import Partition
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 class Replicas:
-    """The coupled copies θ and η of a model.
+    """The coupled copies of a model.
 
-    `theta` is the model itself, whose parameters now live in a flat buffer; `eta` is a second module of the same kind.
-    Both are ordinary modules: call them, hook them, put them in eval mode. Their `.grad`s are views of a flat buffer
+    Copy 0 is the model itself, whose parameters now live in a flat buffer; the others are modules of the same kind. All
+    are ordinary modules: call them, hook them, put them in eval mode. Their `.grad`s are views of a flat buffer
     that backward() fills; empty it with `zero_grad()` (or the optimizer's). Move the model to its device, dtype and
     memory format before, not after.
 
@@ -30,20 +31,22 @@ class Replicas:
 
     Args:
         model: any module with trainable parameters of one floating dtype on one device.
-        partition: a Partition of the model, the name of one ("conv_halves", "layer_halves", "random", "random_units"),
-            or labels by parameter name.
+        copies: m, how many there are, from 1 to 32.
+        partition: a Partition of the model, the name of one ("conv_blocks", "layer_blocks", "random", "random_units",
+            "hashed"), made of as many blocks as there are copies (at least two), or labels by parameter name.
         anchor: θ̃: "init" (the parameters as they are now), "zero", "random" (a fresh initialisation), a flat
             tensor in `layout`'s order, or a state_dict.
-        eta: "copy" (η starts equal to θ), "independent" (a fresh initialisation), or a module to be η.
+        start: "copy" (all start equal), "independent" (a fresh initialisation for each but copy 0), or the other copies
+            themselves, a list of copies − 1 modules.
         compute_dtype: torch.bfloat16 or torch.float16: the modules' parameters are copies in this dtype of float32
             masters, brought up to date by the optimizer's step, so that autocast has nothing left to cast. Those of
             normalisation layers stay float32. All gradients are kept in this dtype. The masters are what
             `state_dict`, `merge` and the optimizer work with.
 
     Attributes:
-        theta, eta: the two modules.
-        params, grads: [2, N] buffers, row 0 θ's, row 1 η's.
-        low: [2, N] in compute_dtype, or None.
+        copies: the m modules; `theta` and `eta` are the first two.
+        params, grads: [m, N] buffers, a row for each copy.
+        low: [m, N] in compute_dtype, or None.
         anchor: [N], or None for zero.
         layout, partition: where each parameter lies, and each element's label.
 
@@ -55,14 +58,17 @@ class Replicas:
     def __init__(
         self,
         model: nn.Module,
-        partition: str | Partition | Mapping[str, Tensor | int] = "conv_halves",
+        copies: int = 2,
+        partition: str | Partition | Mapping[str, Tensor | int] = "conv_blocks",
         anchor: str | Tensor | Mapping[str, Tensor] = "init",
-        eta: str | nn.Module = "copy",
+        start: str | Sequence[nn.Module] = "copy",
         compute_dtype: torch.dtype | None = None,
     ):
         first = trainable(model)
         if not first:
             raise ValueError("model has no parameter that requires a gradient")
+        if isinstance(copies, bool) or not isinstance(copies, int) or not 1 <= copies <= 32:
+            raise ValueError(f"copies must be a whole number from 1 to 32, got {copies!r}")
         kinds = {(p.dtype, p.device) for p in first.values()}
         if len(kinds) > 1:
             found = ", ".join(f"{dtype} on {device}" for dtype, device in sorted(kinds, key=str))
@@ -76,91 +82,136 @@ class Replicas:
             )
 
         self.layout = Layout.of(model)
-        self.partition = Partition.make(model, partition).to(device)
-        if isinstance(eta, nn.Module):
-            if {n: p.shape for n, p in trainable(eta).items()} != {n: p.shape for n, p in first.items()}:
-                raise ValueError("eta's trainable parameters do not match the model's in name and shape")
-            if eta is model:
-                raise ValueError("eta must be a module of its own, got the model itself")
-            self.eta = eta
-        elif eta == "copy":
-            self.eta = copy.deepcopy(model)
-        elif eta == "independent":
-            self.eta = reinitialised(model)
-        else:
-            raise ValueError(f"eta must be 'copy', 'independent' or a module, got {eta!r}")
-        self.theta = model
+        self.partition = Partition.make(model, partition, max(2, copies)).to(device)
+        if self.partition.blocks > max(2, copies):
+            raise ValueError(f"partition has {self.partition.blocks} blocks, but there are {copies} copies")
+        self.copies = [model, *self._others(model, copies - 1, start)]
         self.anchor = self._anchor(anchor, dtype, device)
 
-        self.params = torch.zeros(2, self.layout.numel, dtype=dtype, device=device)
-        self.low = None if compute_dtype is None else torch.zeros_like(self.params, dtype=compute_dtype)
-        self.grads = torch.zeros_like(self.params, dtype=compute_dtype)
-        self.parameters: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-        self._grad_views: tuple[list[Tensor], list[Tensor]] = ([], [])
+        like = torch.empty(0, dtype=dtype, device=device)
+        self.params = self.layout.rows(copies, like)
+        self.low = None if compute_dtype is None else self.layout.rows(copies, like, compute_dtype, 4)
+        self.grads = self.layout.rows(copies, like, compute_dtype, 1)
+        self.parameters: list[list[nn.Parameter]] = []
+        self._grad_views = [self.layout.views(row) for row in self.grads]
         owners = owners_of(model)
         norms = [isinstance(owners[id(first[name])], _NORMS) for name in self.layout.names]
-        for row, net in enumerate(self):
+        for row, net in enumerate(self.copies):
             by_name = trainable(net)
-            self.parameters[row].extend(by_name[name] for name in self.layout.names)
-            self._grad_views[row].extend(self.layout.views(self.grads[row]))
+            self.parameters.append([by_name[name] for name in self.layout.names])
             lows = None if self.low is None else self.layout.views(self.low[row])
             for i, (parameter, view) in enumerate(zip(self.parameters[row], self._masters(row), strict=True)):
                 view.copy_(parameter.detach())
                 parameter.grad = None  # of the old dtype
                 parameter.data = view if lows is None or norms[i] else lows[i].copy_(view)
         self._addresses = [[p.data_ptr() for p in row] for row in self.parameters]
-        self._side: torch.cuda.Stream | None = None
+        self._streams: list[torch.cuda.Stream] = []
         self.zero_grad()
 
+    def rows(self, number: int) -> Tensor:
+        """A further [m, N] buffer like `params`, of zeros; number 2 and up: see Layout.rows."""
+        return self.layout.rows(len(self), self.params, number=number)
+
+    @property
+    def theta(self) -> nn.Module:
+        """Copy 0, the model itself."""
+        return self.copies[0]
+
+    @property
+    def eta(self) -> nn.Module:
+        """Copy 1."""
+        if len(self.copies) < 2:
+            raise AttributeError("there is no eta: these Replicas hold one copy")
+        return self.copies[1]
+
     def __iter__(self) -> Iterator[nn.Module]:
-        """θ, then η."""
-        return iter((self.theta, self.eta))
+        """The copies."""
+        return iter(self.copies)
+
+    def __len__(self) -> int:
+        return len(self.copies)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Replicas":
+        """New modules over buffers of their own."""
+        rebuilt = memo[id(self)] = object.__new__(type(self))
+        rebuilt.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return rebuilt
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As torch saves tensors: views of one storage each would be one whole buffer.
+        return {name: getattr(self, name) for name in ("copies", "partition", "anchor", "params", "grads")} | {
+            "compute_dtype": None if self.low is None else self.low.dtype
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        copies = state["copies"]
+        low = state["compute_dtype"]
+        if low is not None:  # the modules were in low precision; the masters hold their values
+            views = [state["partition"].layout.views(row) for row in state["params"]]
+            for net, masters in zip(copies, views, strict=True):
+                for name, master in zip(state["partition"].layout.names, masters, strict=True):
+                    trainable(net)[name].data = master.clone()
+        anchor = "zero" if state["anchor"] is None else state["anchor"]
+        self.__init__(copies[0], len(copies), state["partition"], anchor, copies[1:], low)  # type: ignore[misc]
+        self.params.copy_(state["params"])
+        self.grads.copy_(state["grads"])
+
+    def __repr__(self) -> str:
+        anchor = "0" if self.anchor is None else "a point"
+        return (
+            f"Replicas({len(self)} copies of {type(self.theta).__name__}, {self.layout.numel:,} elements of {self.params.dtype} "
+            f"on {self.params.device}, {self.partition.blocks} blocks, anchor {anchor})"
+        )
 
     # ------------------------------------------------------------------------------------------- losses, gradients
 
     def loss(self, fn: Callable[..., Tensor], *batches: Any) -> Tensor:
-        """f(θ) + f(η).
+        """Σ_j f(x_j).
 
         Args:
             fn: fn(net) or fn(net, batch), the loss of one copy.
-            batches: none; one, on which both copies are evaluated (the paper's one ξ); or two, θ's and η's.
+            batches: none; one, on which all copies are evaluated (the paper's one ξ); or one for each copy.
         """
-        theta_args, eta_args = self._arguments(batches)
-        return fn(self.theta, *theta_args) + fn(self.eta, *eta_args)
+        losses = [fn(net, *args) for net, args in zip(self.copies, self._arguments(batches), strict=True)]
+        return torch.stack(losses).sum()
 
     def backward(
         self,
         fn: Callable[..., Tensor],
         *batches: Any,
         scale: Callable[[Tensor], Tensor] = lambda loss: loss,
-        beside: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """`loss(fn, *batches).backward()` in half the memory: one copy's graph is gone before the other's is built.
+        concurrent: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """`loss(fn, *batches).backward()` in the memory of one copy: its graph is gone before the next one's is built.
 
         Args:
             fn, batches: as in `loss`.
             scale: applied to each loss before its backward(), such as a GradScaler's `scale`.
-            beside: on a GPU, run η's pass on a stream of its own beside θ's: one copy's kernels fill what the other's
-                leave idle, and both graphs are in memory at once.
+            concurrent: on a GPU, run each copy's pass on a stream of its own: one copy's kernels fill what another's
+                leave idle, and all graphs are in memory at once.
 
         Returns:
-            f(θ) and f(η), detached and not scaled.
+            f(x_j) of each copy, detached and not scaled.
         """
         losses = []
-        side = main = None
-        if beside and self.params.is_cuda:
-            if self._side is None:
-                self._side = torch.cuda.Stream(self.params.device)
-            side, main = self._side, torch.cuda.current_stream(self.params.device)
-            side.wait_stream(main)  # before θ's work is queued: η's need not wait for it
-        for net, args, stream in zip(self, self._arguments(batches), (None, side), strict=True):
+        streams: list[Any] = [None] * len(self)
+        main = None
+        if concurrent and self.params.is_cuda:
+            main = torch.cuda.current_stream(self.params.device)
+            while len(self._streams) < len(self) - 1:
+                self._streams.append(torch.cuda.Stream(self.params.device))
+            streams[1:] = self._streams
+            for stream in self._streams:
+                stream.wait_stream(main)  # before copy 0's work is queued: the others need not wait for it
+        for net, args, stream in zip(self.copies, self._arguments(batches), streams, strict=True):
             with torch.cuda.stream(stream):  # None changes nothing
                 value = fn(net, *args)
                 scale(value).backward()
                 losses.append(value.detach())
-        if main is not None and side is not None:
-            main.wait_stream(side)
-        return losses[0], losses[1]
+        if main is not None:
+            for stream in self._streams:
+                main.wait_stream(stream)
+        return tuple(losses)
 
     def zero_grad(self) -> None:
         """Zeroes the flat gradient buffer, and makes it the parameters' `.grad` again where something else was."""
@@ -183,7 +234,7 @@ class Replicas:
             for i, (parameter, view) in enumerate(zip(parameters, views, strict=True)):
                 if parameter.data_ptr() != self._addresses[row][i]:
                     raise RuntimeError(
-                        f"parameter {self.layout.names[i]!r} of {('theta', 'eta')[row]} no longer lies in the flat buffer; "
+                        f"parameter {self.layout.names[i]!r} of copy {row} no longer lies in the flat buffer; "
                         "change a model's device, dtype or memory format before making its Replicas"
                     )
                 if parameter.grad is view:
@@ -200,40 +251,53 @@ class Replicas:
 
     # ---------------------------------------------------------------------------------------------------------- state
 
-    def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Both modules' state_dicts, as "theta" and "eta"; with a compute_dtype, of the float32 masters."""
-        states = {}
-        for row, (key, net) in enumerate(zip(("theta", "eta"), self, strict=True)):
+    def state_dict(self) -> dict[str, Any]:
+        """All that training goes on from: "copies", each module's state_dict (with a compute_dtype, of the float32 masters),
+        "anchor", and the "seed" of hashed labels."""
+        states = []
+        for row, net in enumerate(self.copies):
             masters = {id(p): m for p, m in zip(self.parameters[row], self._masters(row), strict=True)}
             # keep_vars: the parameters themselves, tied ones under each of their names
-            states[key] = {
+            states.append({
                 name: masters.get(id(value), value).detach() if isinstance(value, Tensor) else value
                 for name, value in net.state_dict(keep_vars=True).items()
-            }
-        return states
+            })  # fmt: skip
+        return {"copies": states, "anchor": self.anchor, "seed": self.partition.seed}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`.
 
         Raises:
+            ValueError: another number of copies, or an anchor where there is none or none where there is one.
             RuntimeError: names or shapes differ, as nn.Module.load_state_dict.
         """
-        for row, (key, net) in enumerate(zip(("theta", "eta"), self, strict=True)):
-            net.load_state_dict(state[key])
+        if len(state["copies"]) != len(self):
+            raise ValueError(f"state_dict holds {len(state['copies'])} copies, but these Replicas hold {len(self)}")
+        for name, mine in (("anchor", self.anchor), ("seed", self.partition.seed)):
+            if (state[name] is None) != (mine is None):
+                raise ValueError(
+                    f"state_dict has {'no' if state[name] is None else 'a'} {name}, but these Replicas have {'none' if mine is None else 'one'}"
+                )
+        for row, (net, saved) in enumerate(zip(self.copies, state["copies"], strict=True)):
+            net.load_state_dict(saved)
             names = {id(p): name for name, p in net.named_parameters()}
             for parameter, master in zip(self.parameters[row], self._masters(row), strict=True):
-                master.copy_(state[key][names[id(parameter)]])
+                master.copy_(saved[names[id(parameter)]])
+        for name, mine in (("anchor", self.anchor), ("seed", self.partition.seed)):
+            if mine is not None:
+                mine.copy_(state[name])
 
     # -------------------------------------------------------------------------------------------------------- results
 
     def distance(self) -> float:
-        """‖θ − η‖."""
-        return float(torch.linalg.vector_norm((self.params[0] - self.params[1]).double()))
+        """√Σ_{i<j} ‖x_i − x_j‖²; for two copies ‖θ − η‖."""
+        gaps = (self.params - self.params[0]).double()
+        return float(torch.linalg.vector_norm(gaps - gaps.mean(0)) * len(self) ** 0.5)
 
     @torch.no_grad()
     def merge(self, loader: Iterable[Any] | None = None) -> nn.Module:
-        """A new module with the copies' mean: (θ + η)/2, floating-point buffers too. At L = 0 the copies are equal.
+        """A new module with the copies' mean, floating-point buffers too. At L = 0 the copies are equal.
 
         Args:
             loader: batches of inputs (or tuples that start with them) over which batch-norm statistics are estimated
@@ -244,9 +308,10 @@ class Replicas:
         for parameter, view in zip((trainable(merged)[n] for n in self.layout.names), mean, strict=True):
             parameter.grad = None  # a copy of theta's, of no use
             parameter.data = view.clone()
-        for buffer, other in zip(merged.buffers(), self.eta.buffers(), strict=True):
+        for buffer, *others in zip(merged.buffers(), *(net.buffers() for net in self.copies[1:]), strict=True):
             if buffer.is_floating_point():
-                buffer.lerp_(other, 0.5)
+                for count, other in enumerate(others, start=2):
+                    buffer.lerp_(other, 1 / count)
         if loader is not None:
             update_bn(loader, merged, device=self.params.device)
         return merged
@@ -257,10 +322,29 @@ class Replicas:
         """One copy's parameters in full precision."""
         return self.layout.views(self.params[row])
 
-    def _arguments(self, batches: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        if len(batches) > 2:
-            raise ValueError(f"batches must be none, one for both copies or one for each, got {len(batches)}")
-        return batches[:1], batches[-1:]
+    def _arguments(self, batches: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        if len(batches) not in (0, 1, len(self)):
+            raise ValueError(
+                f"batches must be none, one for all copies or one for each of {len(self)}, got {len(batches)}"
+            )
+        return [(batch,) for batch in batches] if len(batches) > 1 else [batches] * len(self)
+
+    @staticmethod
+    def _others(model: nn.Module, count: int, start: str | Sequence[nn.Module]) -> list[nn.Module]:
+        if isinstance(start, str):
+            if start not in ("copy", "independent"):
+                raise ValueError(f"start must be 'copy', 'independent' or a list of modules, got {start!r}")
+            return [copy.deepcopy(model) if start == "copy" else reinitialised(model) for _ in range(count)]
+        others = list(start)
+        if len(others) != count:
+            raise ValueError(f"start must hold {count} modules, one for each copy but the model, got {len(others)}")
+        shapes = {name: p.shape for name, p in trainable(model).items()}
+        for i, other in enumerate(others):
+            if {name: p.shape for name, p in trainable(other).items()} != shapes:
+                raise ValueError(f"start[{i}]'s trainable parameters do not match the model's in name and shape")
+            if any(other is one for one in [model, *others[:i]]):
+                raise ValueError(f"start[{i}] must be a module of its own, got the model or another copy itself")
+        return others
 
     def _anchor(
         self, anchor: str | Tensor | Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
@@ -275,9 +359,9 @@ class Replicas:
         elif anchor == "zero":
             return None
         elif anchor == "init":
-            source = trainable(self.theta)
+            source = trainable(self.copies[0])
         elif anchor == "random":
-            source = trainable(reinitialised(self.theta))
+            source = trainable(reinitialised(self.copies[0]))
         else:
             raise ValueError(f"anchor must be 'init', 'zero', 'random', a tensor or a state_dict, got {anchor!r}")
         flat = torch.zeros(self.layout.numel, dtype=dtype, device=device)
@@ -308,6 +392,6 @@ def reinitialised(model: nn.Module) -> nn.Module:
         elif any(p.requires_grad for p in module.parameters(recurse=False)):
             raise ValueError(
                 f"module {name or 'model'!r} ({type(module).__name__}) holds parameters but has no reset_parameters(); "
-                "pass eta as a module, or anchor as a state_dict"
+                "pass start as modules, or anchor as a state_dict"
             )
     return fresh

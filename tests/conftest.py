@@ -13,12 +13,12 @@ if not GPU:
 import emulation
 
 import hta_fused as hta
-from hta_fused import nvrtc_ops
+from hta_fused.kernels import nvrtc, reference
 
 # Around the tile of 1024 elements and the chunk of 16 tiles, and one that no lane width divides.
 SIZES = (0, 1, 7, 1023, 1024, 1025, 16 * 1024, 16 * 1024 + 1, 1_000_003)
 DTYPES = (torch.float32, torch.float64)
-LABELS = ("none", "bytes", "structural", "mixed", "random")
+LABELS = ("none", "bytes", "structural", "mixed", "random", "hashed")
 AVAILABLE = [name for name, state in hta.backends().items() if state.startswith("available")]
 if not GPU and emulation.COMPILER:
     AVAILABLE.append("nvrtc")
@@ -41,8 +41,8 @@ def backend(request, monkeypatch):
     if request.param in GPU_BACKENDS and GPU:
         torch.set_default_device("cuda")
     elif request.param == "nvrtc":
-        monkeypatch.setattr(nvrtc_ops, "launch", emulation.launch)
-        monkeypatch.setattr(nvrtc_ops, "why_not", lambda device: "")
+        monkeypatch.setattr(nvrtc, "launch", emulation.launch)
+        monkeypatch.setattr(nvrtc, "why_not", lambda device: "")
     hta.use_backend(request.param)
     yield request.param
     hta.use_backend(None)
@@ -66,18 +66,24 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if not slow(item)]
 
 
-def pattern(kind: str, n: int):
+def pattern(kind: str, n: int, copies: int = 2):
     """(what a user passes as labels, the same as a byte an element)."""
-    random_bytes = torch.randint(0, 3, (n,), dtype=torch.uint8)
+    labels = copies + 1
+    random_bytes = torch.randint(0, labels, (n,), dtype=torch.uint8)
     # Runs of a few tiles whose ends do not fall on tiles' ends: most tiles have one label, some mix.
-    runs = (torch.arange(n) // 2500 % 3).byte()
-    return {
-        "none": (None, torch.zeros(n, dtype=torch.uint8)),
-        "bytes": (random_bytes, random_bytes),
-        "structural": (hta.Partition((torch.arange(n) // 2048 % 3).byte()), (torch.arange(n) // 2048 % 3).byte()),
-        "mixed": (hta.Partition(runs), runs),
-        "random": (hta.Partition(random_bytes), random_bytes),
-    }[kind]
+    runs = (torch.arange(n) // 2500 % labels).byte()
+    whole = (torch.arange(n) // 2048 % labels).byte()
+    if kind == "none":
+        return None, torch.zeros(n, dtype=torch.uint8)
+    if kind == "bytes":
+        return random_bytes, random_bytes
+    if kind == "hashed":  # beside tiles of one label and tiles of bytes
+        partition = hta.Partition(runs, blocks=copies)
+        partition.codes[::2, 1] = reference.HASHED
+        partition.seed = torch.randint(-(2**62), 2**62, (1,))
+        return partition, partition.flat()
+    per_element = {"structural": whole, "mixed": runs, "random": random_bytes}[kind]
+    return hta.Partition(per_element, blocks=copies), per_element
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, *terms: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The GPU kernels on the CPU, for machines without a GPU: csrc/cuda.cuh under emulator.cpp, behind nvrtc_ops.launch."""
+"""The GPU kernels on the CPU, for machines without a GPU: csrc/gpu/kernels.cuh under emulator.cpp, behind nvrtc.launch."""
 
 import ctypes
 import os
@@ -8,17 +8,17 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from hta_fused import nvrtc_ops
+from hta_fused.kernels import nvrtc
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0])
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """The emulator, compiled once a session."""
+def library(few: bool = False) -> ctypes.CDLL:
+    """The emulator, compiled once a session; `few`: with the float32 step's kernels only."""
     out = Path(tempfile.mkdtemp()) / "emulator.so"
     command = [COMPILER, "-O2", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas",
-               f"-I{nvrtc_ops.SOURCE}", *nvrtc_ops.DEFINITIONS, str(Path(__file__).with_name("emulator.cpp")), "-o", str(out)]  # fmt: skip
+               f"-I{nvrtc.SOURCE}", *["-DFEW"] * few, *nvrtc.definitions(), str(Path(__file__).with_name("emulator.cpp")), "-o", str(out)]  # fmt: skip
     subprocess.run(command, check=True)
     emulator = ctypes.CDLL(str(out))
     emulator.emulate.restype = emulator.kernel_names.restype = ctypes.c_char_p
@@ -27,7 +27,7 @@ def library() -> ctypes.CDLL:
 
 
 def launch(expression, blocks, args, like) -> None:
-    """Stands in for nvrtc_ops.launch."""
+    """Stands in for nvrtc.launch."""
     assert like.device.type == "cpu"
     error = library().emulate(expression.encode(), blocks, ctypes.addressof(args))
     assert error is None, f"{expression}: {error.decode()}"

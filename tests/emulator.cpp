@@ -1,9 +1,10 @@
-// Runs the GPU kernels of csrc/cuda.cuh on the CPU, from their own source: every thread of a block is a fiber.
+// Runs the GPU kernels of csrc/gpu/kernels.cuh on the CPU, from their own source: every thread of a block is a fiber.
 //
 // Between two barriers the threads of a block run in a random order, one after the other, so that a missing barrier
 // shows. A barrier that only some threads of a block reach is an error.
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -25,7 +26,7 @@ template <class T> static T shuffle_down(T value, int distance);
 #define __syncthreads barrier
 #define __shfl_down_sync(mask, value, distance) shuffle_down(value, distance)
 #define HTA_DEVICE inline
-#include "cuda.cuh"
+#include "gpu/kernels.cuh"
 
 using namespace hta;
 using namespace hta::gpu;
@@ -110,7 +111,11 @@ template <class Args> static void add(const char* name, void (*kernel)(Args)) {
 static void fill() {
   if (!kernels.empty()) return;
 #define HTA_ADD(kernel) add(#kernel, kernel);
+#ifdef FEW
+  HTA_STEP_KERNELS(HTA_ADD, float, float)
+#else
   HTA_KERNELS(HTA_ADD)
+#endif
 }
 
 // The error, or null.

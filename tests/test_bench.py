@@ -1,9 +1,12 @@
 """The benchmarks in their quick mode, so that they never rot, and the arithmetic they rest on."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+
+import hta_fused as hta
 
 try:
     from hta_fused_bench import cli, gpu, measure, rivals, workloads
@@ -11,7 +14,7 @@ except ImportError:  # a checkout that was not installed, as `make gpu` has it
     from bench import cli, gpu, measure, rivals, workloads
 
 
-@pytest.mark.parametrize("what", ["ops", "step", "scaling", "train"])
+@pytest.mark.parametrize("what", ["ops", "step", "scaling", "train", "copies"])
 def test_quick_mode_leaves_a_table_a_json_and_a_picture(tmp_path, capsys, what):
     cli.main([what, "--quick", "--rounds", "2", "--out", str(tmp_path)])
     assert "| ---" in capsys.readouterr().out
@@ -28,11 +31,11 @@ def test_a_wrong_rival_is_caught(monkeypatch):
 
         def step():
             right()
-            problem.eta[0].add_(1e-3)
+            problem.copies[1][0].add_(1e-3)
 
         return step
 
-    monkeypatch.setitem(rivals.IMPLICIT, "wrong", wrong)
+    monkeypatch.setitem(rivals.COUPLED, "wrong", wrong)
     with pytest.raises(AssertionError, match="wrong and hta_fused disagree"):
         measure.contenders(lambda: workloads.flat(5000), names=["wrong"])
 
@@ -40,9 +43,11 @@ def test_a_wrong_rival_is_caught(monkeypatch):
 @pytest.mark.parametrize("labels", ["structural", "random"])
 @pytest.mark.parametrize("anchor", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_rival_does_what_ours_does(labels, anchor, dtype):
+@pytest.mark.parametrize(("copies", "proposal"), [(1, "AdamW"), (2, "SGD"), (3, "AdamW")])
+def test_every_rival_does_what_ours_does(labels, anchor, dtype, copies, proposal):
     shapes = [torch.Size([6, 4, 3, 3]), torch.Size([6]), torch.Size([700, 5])]
-    measure.contenders(lambda: workloads.of_shapes("x", shapes, labels=labels, anchor=anchor, dtype=dtype))
+    options = dict(copies=copies, proposal=proposal, labels=labels, anchor=anchor, dtype=dtype)
+    measure.contenders(lambda: workloads.of_shapes("x", shapes, **options))
 
 
 @pytest.mark.parametrize(
@@ -69,12 +74,26 @@ def test_a_line_fits_a_line():
     [
         (["step", "--models", "lenet"], "--models must be among vgg11"),
         (["ops", "--rounds", "1"], "--rounds must be at least 2, got 1"),
+        (["copies", "--copies", "0"], "--copies must be from 1 to 32, got 0"),
+        (["copies", "--proposals", "Lion"], "--proposals must be among SGD, AdamW"),
+        (["copies", "--against", "/nowhere"], "/nowhere"),
         (["report", "/nowhere"], "/nowhere holds no results"),
     ],
 )
 def test_nonsense_is_answered_in_a_line(argv, message):
     with pytest.raises(SystemExit, match=message):
         cli.main(argv)
+
+
+def test_another_checkouts_step_is_timed_in_the_same_rounds(tmp_path):
+    root = Path(measure.__file__).resolve().parent.parent
+    with measure.Elsewhere(root, 5000) as other:
+        result = measure.copies(2, "SGD", 5000, 2, other)
+    assert other.name == f"version {hta.__version__} in {root.name}"
+    assert result["times"][other.name][0] > 0
+    assert result["claims"][-1]["what"] == f"ours over {other.name}"
+    with pytest.raises(ValueError, match="stopped with status 1"):
+        measure.Elsewhere(tmp_path / "..", 5000).__enter__()
 
 
 def test_the_gpu_command_says_so_where_there_is_none(monkeypatch):

@@ -11,7 +11,8 @@ from conftest import DTYPES, GPU, LABELS, SIZES, pattern, relative_error
 from torch import nn
 
 import hta_fused as hta
-from hta_fused import ops, reference
+from hta_fused import ops
+from hta_fused.kernels import reference
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
@@ -43,6 +44,7 @@ def expected_step(
         return a, b, v_theta, v_eta
     if L == 0:
         return (a + b) / 2, (a + b) / 2, v_theta, v_eta
+    lr = lr / (1 - momentum)  # γ of the proximal map
     if math.inf == L:
         return torch.where(in_theta > 0, anchor, a), torch.where(in_eta > 0, anchor, b), v_theta, v_eta
     # Stationarity of (|u−a|² + |v−b|²)/(2γ) + L·in_θ|u−θ̃|² + L·in_η|v−θ̃|² + |u−v|²/L, by Cramer's rule, times γ.
@@ -155,26 +157,6 @@ def test_decoupled_step_without_anchors_is_torch_sgd(backend, momentum, nesterov
         assert relative_error(x, p.detach()) < 1e-6
 
 
-def test_tables_stand_in_place_of_L(backend):
-    tensors = buffers(3000, torch.float64)
-    labels = torch.randint(0, 3, (3000,), dtype=torch.uint8)
-    by_L, by_tables = [t.clone() for t in tensors], [t.clone() for t in tensors]
-    hta.homotopy_step_(*by_L, labels, L=0.02, lr=0.1, momentum=0.9)
-    hta.homotopy_step_(*by_tables, labels, tables=hta.tables.implicit(0.02, 0.1), lr=0.1, momentum=0.9)
-    assert all(torch.equal(a, b) for a, b in zip(by_L, by_tables, strict=True))
-
-
-def test_tables_make_a_mean_teacher(backend):
-    """Another coupling than homotopy's: θ does SGD, η is its moving average."""
-    table = torch.tensor([[1.0, 0.0, 0.0], [0.1, 0.9, 0.0]], dtype=torch.float64).expand(3, 2, 3)
-    theta, eta, g, *_ = buffers(2000, torch.float64)
-    wanted_theta = theta - 0.1 * g
-    wanted_eta = 0.9 * eta + 0.1 * wanted_theta
-    hta.homotopy_step_(theta, eta, g, torch.zeros_like(g), None, None, None, None, tables=table, lr=0.1)
-    assert relative_error(theta, wanted_theta) < 1e-15
-    assert relative_error(eta, wanted_eta) < 1e-15
-
-
 @pytest.mark.parametrize("scale", [1024.0, torch.tensor(1024.0)])
 def test_gradients_are_divided_by_the_scale(backend, scale):
     tensors = buffers(3000, torch.float32)
@@ -225,7 +207,7 @@ def test_found_inf_skips_the_step(backend):
 @pytest.mark.parametrize("n", [1025, 1_000_003])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_for_any_number_of_threads(n, dtype):
-    if "cpu" not in ops.backends() or not ops.backends()["cpu"].startswith("available"):
+    if not hta.backends()["cpu"].startswith("available"):
         pytest.skip("no extension")
     tensors = buffers(n, dtype)
     labels, _ = pattern("mixed", n)
@@ -357,32 +339,17 @@ def test_backward_of_equation_3_is_the_explicit_step(backend):
 needs_extension = pytest.mark.skipif(not hta.backends()["cpu"].startswith("available"), reason="no extension")
 
 
-def op_arguments(dtype=torch.float32, n=2100):
-    labels = hta.Partition((torch.arange(n) // 700).byte())
+def op_arguments(dtype=torch.float32, n=2100, m=2):
+    labels, _ = pattern("hashed", n, m)
     stats = torch.zeros(4, dtype=torch.float64)
-    hyper, tables = (t.to(stats.device) for t in ops._coefficients(0.1, 0.1, 0.9, 0.0, False, "implicit"))
-    theta, eta, g_theta, g_eta, v_theta, v_eta, anchor = buffers(n, dtype)
-    pattern_ = (anchor, labels.codes, labels.labels)
+    x, g, v = (torch.randn(m, n, dtype=dtype) for _ in range(3))
+    anchor = torch.randn(n, dtype=dtype)
+    rules = ops.rules_of(hta.SGD(0.1, 0.9), hta.Explicit(0.1), m)[None].to(stats.device, dtype)
+    pattern_ = (labels.codes, labels.labels, labels.seed, rules)
     return {
-        "step_": (
-            theta,
-            eta,
-            g_theta,
-            g_eta,
-            v_theta,
-            v_eta,
-            None,
-            None,
-            *pattern_,
-            hyper,
-            tables,
-            None,
-            None,
-            stats,
-            True,
-        ),
-        "penalty": (theta, eta, *pattern_, 0.1),
-        "penalty_accumulate_": (g_theta, g_eta, theta, eta, *pattern_, 0.1),
+        "step_": ([x], [g], list(v), [], anchor, anchor.clone(), None, *pattern_, None, None, stats, 0, False, True, 3),
+        "penalty": (list(x), anchor, *pattern_),
+        "penalty_accumulate_": ([g], [x], anchor, *pattern_),
     }
 
 
@@ -394,21 +361,24 @@ def test_opcheck(backend, name, dtype):
         pytest.skip("plain functions")
     arguments = op_arguments(dtype)[name]
     if name == "penalty":
-        arguments = (arguments[0].requires_grad_(), arguments[1].requires_grad_(), *arguments[2:])
-    torch.library.opcheck(getattr(ops.kernels(arguments[0]), name), arguments)
+        arguments = ([x.requires_grad_() for x in arguments[0]], *arguments[1:])
+    torch.library.opcheck(getattr(ops.kernels(arguments[0][0]), name), arguments)
 
 
 @needs_extension
-@pytest.mark.parametrize(("name", "written"), [("step_", [0, 1, 4, 5, 15]), ("penalty_accumulate_", [0, 1])])
+@pytest.mark.parametrize(("name", "written"), [("step_", [0, 2, 5, 13]), ("penalty_accumulate_", [0])])
 def test_ops_move_version_counters(backend, name, written):
     if backend == "reference":
         pytest.skip("plain functions")
     arguments = op_arguments()[name]
-    before = [a._version if isinstance(a, torch.Tensor) else None for a in arguments]
-    getattr(ops.kernels(arguments[0]), name)(*arguments)
-    assert [
-        i for i, (a, v) in enumerate(zip(arguments, before, strict=True)) if v is not None and a._version > v
-    ] == written
+
+    def versions() -> list[list[int]]:
+        lists = [a if isinstance(a, list) else [a] for a in arguments]
+        return [[t._version for t in entries if isinstance(t, torch.Tensor)] for entries in lists]
+
+    before = versions()
+    getattr(ops.kernels(arguments[0][0]), name)(*arguments)
+    assert [i for i, (was, now) in enumerate(zip(before, versions(), strict=True)) if was != now] == written
 
 
 def test_backward_through_an_overwritten_tensor_is_an_error(backend):
@@ -432,6 +402,10 @@ def test_compile_without_a_graph_break(backend, kind):
         hta.homotopy_step_(
             theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, labels, L=L, lr=0.05, momentum=0.9, stats=stats
         )
+        hta.coupled_step_(
+            [theta, eta], [g_theta, g_eta], [v_theta, v_eta], anchor, labels,
+            proposal=hta.SGD(0.1, 0.5), coupling=hta.Elastic(0.2), step=2,
+        )  # fmt: skip
         return hta.homotopy_penalty(theta * 2, eta + 1, anchor, labels, L)
 
     compiled = torch.compile(function, fullgraph=True)
@@ -488,10 +462,11 @@ BAD = [
     ("L", None, ValueError, "L must be given"),
     ("lr", 0.0, ValueError, "lr must be positive and finite, got 0.0"),
     ("lr", math.nan, ValueError, "lr must be positive"),
-    ("momentum", -0.1, ValueError, "momentum must not be negative"),
-    ("weight_decay", -0.1, ValueError, "weight_decay must not be negative"),
+    ("momentum", -0.1, ValueError, r"momentum must be in \[0, 1\), got -0.1"),
+    ("momentum", 1.0, ValueError, r"momentum must be in \[0, 1\), got 1.0"),
+    ("weight_decay", -0.1, ValueError, "weight_decay must be finite and not negative"),
+    ("labels", hta.Partition(torch.zeros(10, dtype=torch.uint8), blocks=3), ValueError, "a Partition of 3 blocks, but there are 2"),
     ("mode", "semi", ValueError, "mode must be 'implicit' or 'explicit', got 'semi'"),
-    ("tables", torch.zeros(3, 2, 3), ValueError, "tables stands in place of L"),
     ("stats", torch.zeros(3), ValueError, "stats must be contiguous float64"),
     ("grad_scale", 0.0, ValueError, "grad_scale must be positive"),
     ("grad_theta", torch.randn(10).half(), TypeError, "grad_eta must have dtype torch.float16, got torch.float32"),
@@ -526,15 +501,26 @@ def test_explicit_mode_needs_a_finite_positive_L(L):
 
 @needs_extension
 def test_direct_calls_of_the_ops_are_kept_inside_their_buffers():
-    arguments = list(op_arguments()["step_"])
-    arguments[1] = arguments[1][:5]
-    with pytest.raises(RuntimeError, match="eta must be a contiguous tensor of the op's dtype and device"):
-        torch.ops.hta_fused.step_(*arguments)
-    arguments = list(op_arguments()["step_"])
-    arguments[9] = arguments[9].clone()
-    arguments[9][0, 1] = 77
-    with pytest.raises(RuntimeError, match="codes of tile 0"):
-        torch.ops.hta_fused.step_(*arguments)
+    wrong = {
+        0: ([torch.zeros(2, 2100)], "grads must be a contiguous tensor|grads must have 2 rows"),
+        1: ([torch.zeros(1, 2100)], "grads must have 2 rows"),
+        2: ([torch.zeros(2100)], "states must have 2 rows or none, got 1"),
+        4: (torch.zeros(5), "anchor must be a contiguous tensor of the op's dtype and device"),
+        10: (torch.zeros(1, 7), "rules must have rows of 53 numbers"),
+        14: (7, "proposal must be 0 or 1, got 7"),
+        17: (1, "sums must be given where a phase is done alone"),
+    }
+    for position, (value, message) in list(wrong.items())[1:]:
+        arguments = list(op_arguments()["step_"])
+        arguments[position] = value
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.hta_fused.step_(*arguments)
+    for column, code in ((0, 1), (1, 77)):
+        arguments = list(op_arguments()["step_"])
+        arguments[7] = arguments[7].clone()
+        arguments[7][0, column] = code
+        with pytest.raises(RuntimeError, match="codes of tile 0"):
+            torch.ops.hta_fused.step_(*arguments)
 
 
 def test_unknown_backends_are_refused():
@@ -554,6 +540,18 @@ def test_expand_reads_codes_as_the_kernels_do():
     labels = torch.randint(0, 3, (5000,), dtype=torch.uint8)
     labels[:2048] = 2
     partition = hta.Partition(labels)
-    group, label = reference.expand(partition.codes, partition.labels, torch.empty(5000))
+    group, label = reference.expand(partition.codes, partition.labels, None, 5000, 2, "cpu")
     assert torch.equal(label.byte(), labels)
     assert not group.any()
+
+
+def test_hashed_labels_are_evenly_and_independently_drawn():
+    n = 4_000_000 // 1024
+    for copies in (1, 2, 3, 7):
+        first, second = (reference.hashed_labels(torch.tensor([seed]), n, copies) for seed in (5, 6))
+        counts = torch.bincount(first.flatten(), minlength=copies + 1)[1:] / first.numel()
+        assert counts.sum() == 1
+        assert (counts - 1 / copies).abs().max() < 5 * (0.25 / first.numel()) ** 0.5 + 2**-16
+        for other in (second, first.roll(1, 0), first.roll(1, 1)):  # another seed, the next tile, the next element
+            agree = (first == other).double().mean()
+            assert abs(agree - 1 / copies) < 5 * (0.25 / first.numel()) ** 0.5 + 2**-15

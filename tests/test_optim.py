@@ -39,7 +39,7 @@ def run_sgd(optimizer, net, loss):
 def test_decoupled_free_copies_are_two_torch_sgds():
     model = network()
     twins = [copy.deepcopy(model) for _ in range(2)]
-    replicas = hta.Replicas(model, {"0.bias": 0}, "zero")
+    replicas = hta.Replicas(model, 2, {"0.bias": 0}, "zero")
     ours = hta.HomotopySGD(replicas, 0.05, 0.9, 1e-3, nesterov=True, L=math.inf)
     theirs = [torch.optim.SGD(t.parameters(), 0.05, 0.9, weight_decay=1e-3, nesterov=True) for t in twins]
     losses = [task(), task()]
@@ -56,7 +56,7 @@ def test_decoupled_free_copies_are_two_torch_sgds():
 
 
 def test_the_copies_come_together_as_L_falls_and_merge_at_zero():
-    replicas = hta.Replicas(network(), eta="independent")
+    replicas = hta.Replicas(network(), start="independent")
     optimizer = hta.HomotopySGD(replicas, lr=0.05, momentum=0.9, L=1.0)
     loss, distances = task(), []
     for L in (1.0, 0.1, 0.01, 1e-3):
@@ -77,7 +77,7 @@ def test_implicit_steps_are_stable_at_the_papers_L(momentum):
     loss = task()
     finals = {}
     for mode in ("implicit", "explicit"):
-        replicas = hta.Replicas(copy.deepcopy(start), eta="independent")
+        replicas = hta.Replicas(copy.deepcopy(start), start="independent")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizer = hta.HomotopySGD(replicas, lr=0.05, momentum=momentum, L=0.005, mode=mode)
@@ -99,7 +99,7 @@ def test_explicit_mode_warns_once_where_it_diverges():
 
 
 def test_stats_describe_the_state_after_the_step():
-    replicas = hta.Replicas(network(), eta="independent")
+    replicas = hta.Replicas(network(), start="independent")
     optimizer = hta.HomotopySGD(replicas, lr=0.05, L=0.3)
     assert math.isnan(optimizer.stats.penalty)
     run(optimizer, task(), 2)
@@ -127,7 +127,7 @@ def test_a_bad_gradient_skips_the_step_and_is_counted():
 def test_param_groups_have_their_own_settings():
     model = network()
     twin = copy.deepcopy(model)
-    replicas = hta.Replicas(model, {"0.weight": 0}, "zero")
+    replicas = hta.Replicas(model, 2, {"0.weight": 0}, "zero")
     optimizer = hta.HomotopySGD(replicas, lr=0.1, momentum=0.9, weight_decay=0.1, L=math.inf,
                                 groups=[{"params": lambda n: n.endswith("bias"), "weight_decay": 0.0, "lr": 0.02},
                                         {"params": ["4.weight"], "momentum": 0.0}])  # fmt: skip
@@ -147,7 +147,7 @@ def test_param_groups_have_their_own_settings():
 
 def test_groups_hold_for_mixed_and_random_labels():
     model = network()
-    plain, grouped = (hta.Replicas(copy.deepcopy(model), hta.Partition.random(model)) for _ in range(2))
+    plain, grouped = (hta.Replicas(copy.deepcopy(model), 2, hta.Partition.random(model)) for _ in range(2))
     one = hta.HomotopySGD(plain, lr=0.1, L=0.1)
     two = hta.HomotopySGD(grouped, lr=0.1, L=0.1, groups=[{"params": ["2.weight"]}])
     loss = task()
@@ -168,7 +168,7 @@ def test_groups_hold_for_mixed_and_random_labels():
 def test_lr_schedulers(make):
     model = network()
     twin = copy.deepcopy(model)
-    replicas = hta.Replicas(model, {"0.weight": 0}, "zero")
+    replicas = hta.Replicas(model, 2, {"0.weight": 0}, "zero")
     ours = hta.HomotopySGD(replicas, 0.1, 0.9, L=math.inf)
     theirs = torch.optim.SGD(twin.parameters(), 0.1, 0.9)
     schedulers = make(ours), make(theirs)
@@ -222,15 +222,15 @@ def test_a_torch_sgd_state_loads_into_either_copy_and_back():
     replicas = hta.Replicas(model)
     optimizer = hta.HomotopySGD(replicas, 0.5, 0.5)
     for which, row in (("theta", 0), ("eta", 1)):
-        optimizer.load_sgd_state_dict(which, state)
-        back = optimizer.sgd_state_dict(which)
+        optimizer.load_torch_state_dict(which, state)
+        back = optimizer.torch_state_dict(which)
         fresh = torch.optim.SGD(replicas.parameters[row], 0.1)
         fresh.load_state_dict(back)
         assert fresh.param_groups[0]["lr"] == 0.07
         assert fresh.param_groups[0]["nesterov"] is True
         for i, saved in state["state"].items():
             assert torch.equal(back["state"][i]["momentum_buffer"], saved["momentum_buffer"])
-    mean = optimizer.sgd_state_dict("mean")
+    mean = optimizer.torch_state_dict("mean")
     assert torch.allclose(mean["state"][0]["momentum_buffer"], state["state"][0]["momentum_buffer"])
     assert set(back["param_groups"][0]) == set(state["param_groups"][0])
 
@@ -238,7 +238,7 @@ def test_a_torch_sgd_state_loads_into_either_copy_and_back():
 def test_state_before_the_first_step_is_empty_as_torchs():
     optimizer = hta.HomotopySGD(hta.Replicas(network()), 0.5, 0.5)
     assert optimizer.state_dict()["state"] == {}
-    assert optimizer.sgd_state_dict("theta")["state"] == {}
+    assert optimizer.torch_state_dict("theta")["state"] == {}
 
 
 def test_one_late_parameter_does_not_reset_the_others_momentum():
@@ -326,7 +326,7 @@ def test_fused_and_reference_backends_agree():
     [
         (dict(lr=0.0), "lr must be positive"),
         (dict(lr=-1.0), "lr must be positive"),
-        (dict(lr=0.1, momentum=-1.0), "momentum must not be negative"),
+        (dict(lr=0.1, momentum=-1.0), "momentum must be in \\[0, 1\\)"),
         (dict(lr=0.1, nesterov=True), "nesterov needs a momentum"),
         (dict(lr=0.1, L=-1.0), "L must be in"),
         (dict(lr=0.1, L=0.0, mode="explicit"), "L must be positive and finite in explicit mode"),
@@ -335,7 +335,10 @@ def test_fused_and_reference_backends_agree():
         (dict(lr=0.1, groups=[{"params": [torch.zeros(3)]}]), r"a tensor of shape \(3,\)"),
         (dict(lr=0.1, groups=[{"params": lambda n: False}]), "match no parameter"),
         (dict(lr=0.1, groups=[{"params": ["0.bias"]}, {"params": ["0.bias"]}]), "'0.bias' more than once"),
-        (dict(lr=0.1, groups=[{"params": ["0.bias"], "weight_decay": -1.0}]), "weight_decay must not be negative"),
+        (
+            dict(lr=0.1, groups=[{"params": ["0.bias"], "weight_decay": -1.0}]),
+            "weight_decay must be finite and not negative",
+        ),
     ],
 )
 def test_nonsense_is_named(arguments, message):
@@ -350,6 +353,6 @@ def test_nonsense_after_construction_is_named():
     with pytest.raises(ValueError, match="param_groups is complete"):
         optimizer.add_param_group({"params": [torch.zeros(1)]})
     with pytest.raises(ValueError, match="copy must be"):
-        optimizer.sgd_state_dict("both")
+        optimizer.torch_state_dict("both")
     with pytest.raises(ValueError, match=r"groups of \[1\] parameters"):
-        optimizer.load_sgd_state_dict("eta", torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1).state_dict())
+        optimizer.load_torch_state_dict("eta", torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1).state_dict())

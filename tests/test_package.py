@@ -21,7 +21,7 @@ theta, eta, g, h = (torch.randn(3000) for _ in range(4))
 hta.homotopy_step_(theta, eta, g, h, None, None, None, None, L=0.0, lr=0.1)
 assert torch.equal(theta, eta)
 model = torch.nn.Linear(4, 4)
-replicas = hta.Replicas(model, {"weight": 1})
+replicas = hta.Replicas(model, partition={"weight": 1})
 hta.HomotopySGD(replicas, 0.1, 0.9).step()
 print(hta.backends()["cpu"])
 """

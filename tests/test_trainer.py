@@ -101,7 +101,7 @@ def test_exported_state_dict_is_a_plain_vggs(finished, capsys):
     "changes",
     [
         dict(precision="bf16", channels_last=True),
-        dict(decoupled=1, partition="random_units", anchor="zero", eta="independent", epochs=4),
+        dict(decoupled=1, partition="random_units", anchor="zero", start="independent", epochs=4),
         dict(
             schedule="geometric",
             L_step=0.5,

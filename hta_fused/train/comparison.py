@@ -23,7 +23,7 @@ def jobs(settings: Settings) -> list[Job]:
     if settings.method != "hta":
         kinds.append(("SGD", "sgd", settings.epochs))
     if settings.method == "compare":
-        kinds.append(("SGD, equal work", "sgd", settings.epochs + settings.L_schedule.epochs))
+        kinds.append(("SGD, equal work", "sgd", settings.epochs + (settings.copies - 1) * settings.L_schedule.epochs))
     if settings.method != "sgd":
         kinds.append(("HTA", "hta", settings.epochs))
     return [Job(*kind, seed) for seed in range(settings.seed, settings.seed + settings.seeds) for kind in kinds]

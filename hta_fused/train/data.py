@@ -4,6 +4,7 @@ Everything stays uint8 until a batch is made; flips, crops and normalisation act
 number of an epoch follows from (seed, epoch). No worker processes. Imports ops.py for the batches, files.py.
 """
 
+import copy
 import hashlib
 import io
 import pickle
@@ -256,7 +257,7 @@ class Batches:
         memory_format: torch.memory_format = torch.contiguous_format,
         dtype: torch.dtype = torch.float32,
     ):
-        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.images, self.batch_size, self.seed, self.copy = images, batch_size, seed, 0
         self.memory_format, self.dtype = memory_format, dtype
         self.data = {
             "train": (images.train.to(device), images.train_labels.to(device)),
@@ -265,12 +266,24 @@ class Batches:
         scale = torch.tensor(images.std, device="cpu") * 255
         self._scale = (1 / scale).to(device)
         self._shift = (-torch.tensor(images.mean, device="cpu") * 255 / scale).to(device)
-        # Of the epoch under way, at addresses that stay: a captured CUDA graph reads them.
-        count = len(images.train)
+        self._arrange(device)
+
+    def _arrange(self, device: torch.device | str) -> None:
+        """Room for the epoch under way, at addresses that stay: a captured CUDA graph reads them."""
+        count = len(self.images.train)
         self._order = torch.zeros(count, dtype=torch.int64, device=device)
         self._offsets = torch.zeros(2, count, dtype=torch.int64, device=device)
         self._mirrored = torch.zeros(count, dtype=torch.bool, device=device)
         self._position = torch.zeros((), dtype=torch.int64, device=device)
+
+    def of_copy(self, number: int) -> "Batches":
+        """The same images in an order, with crops and mirrorings, of copy number `number`'s own; 0 is this one."""
+        if number == 0:
+            return self
+        other = copy.copy(self)
+        other.copy = number
+        other._arrange(self._position.device)
+        return other
 
     def __len__(self) -> int:
         return -(-len(self.images.train) // self.batch_size)
@@ -282,8 +295,8 @@ class Batches:
     def begin(self, epoch: int, start: int = 0) -> None:
         """Makes batch number `start` of an epoch the next one."""
         count = len(self.images.train)
-        # One stream per (seed, epoch); the multiplier keeps neighbouring pairs apart.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        # One stream per (seed, epoch, copy); the multipliers keep neighbours apart.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch + self.copy * 2**40)
         self._order.copy_(torch.randperm(count, generator=generator, device="cpu"))
         self._offsets.copy_(torch.randint(2 * PADDING + 1, (2, count), generator=generator, device="cpu"))
         self._mirrored.copy_(torch.rand(count, generator=generator, device="cpu") < (0.5 if self.images.flip else 0.0))

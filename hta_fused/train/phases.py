@@ -1,6 +1,6 @@
 """The phases of a run: Coupled trains copies apart, Merged trains one network; a run asks both the same questions.
 
-Imports the package's optimizer and copies; knows nothing of batches, graphs and runs.
+Imports the package's optimizer and copies; knows nothing of batches and runs.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..optim import HomotopySGD
 from ..partition import BY_NAME
 from ..replicas import Replicas
+from .graphs import Plan
 from .settings import Settings
 
 State = dict[str, Any]
@@ -26,14 +27,13 @@ class Coupled:
         optimizer: steps all of them.
         L: of this epoch; 0 where there is one network.
         distance: between the copies; 0 where there is one network.
-        lr_buffer: the tensor that a captured step reads its learning rate from, in the form of `lr_rows`.
     """
 
     def __init__(self, settings: Settings, model: nn.Module):
         self.settings = s = settings
-        partition = BY_NAME[s.partition](model, None if s.part == "all" else s.part)
-        self.replicas = Replicas(model, partition, s.anchor, s.eta, compute_dtype=s.compute_dtype)
-        self.networks = list(self.replicas)
+        partition = BY_NAME[s.partition](model, None if s.part == "all" else s.part, blocks=max(2, s.copies))
+        self.replicas = Replicas(model, s.copies, partition, s.anchor, s.start, compute_dtype=s.compute_dtype)
+        self.networks = self.replicas.copies
         self.optimizer = HomotopySGD(
             self.replicas, s.lr, s.momentum, s.weight_decay, L=s.L_schedule(0), mode=s.mode, capturable=s.captures
         )
@@ -46,21 +46,28 @@ class Coupled:
     def distance(self) -> float:
         return self.replicas.distance()
 
-    @property
-    def lr_buffer(self) -> Tensor:
-        return self.optimizer.coefficients
-
-    def lr_rows(self, lrs: list[float]) -> Tensor:
-        """What `lr_buffer` holds at each learning rate: [len(lrs), len(lr_buffer)], on the CPU."""
-        return torch.stack([self.optimizer.coefficients_at(lr=lr) for lr in lrs])
-
     def start_epoch(self, epoch: int) -> None:
         """To be called before an epoch's first step, and after `load_state`."""
         self.optimizer.L = self.settings.L_schedule(epoch)
+        if self.settings.partition == "hashed":
+            self.replicas.partition.resample(self.settings.seed + epoch)
 
-    def backward(self, loss: Callable[[nn.Module, Any], Tensor], batch: Any, scale: Scale) -> list[Tensor]:
-        """Fills every network's gradients from one batch; the losses, detached and not scaled."""
-        return list(self.replicas.backward(loss, batch, scale=scale, beside=self.settings.captures))
+    def plan(self, lrs: list[float], start: int) -> None:
+        """Sends the learning rates of an epoch's steps ahead, of which number `start` is the next: steps that are
+        captured cannot ask the host."""
+        self.optimizer.plan(lrs, start)
+
+    def set_lr(self, lr: float) -> None:
+        """Of the next step, where none are planned."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def backward(self, loss: Callable[[nn.Module, Any], Tensor], batches: list[Any], scale: Scale) -> list[Tensor]:
+        """Fills every network's gradients, from one batch or one each; the losses, detached and not scaled."""
+        return list(self.replicas.backward(loss, *batches, scale=scale, concurrent=self.settings.captures))
+
+    def step(self, scaler: torch.amp.GradScaler) -> None:
+        scaler.step(self.optimizer)
 
     def mean(self) -> nn.Module:
         """One network from all, as it is tested."""
@@ -75,7 +82,7 @@ class Coupled:
         if epoch < self.settings.L_schedule.epochs:
             return self
         merged = Merged(self.settings, self.replicas.merge(inputs if self.settings.batch_norm else None))
-        momentum = self.optimizer.sgd_state_dict("mean")["state"]
+        momentum = self.optimizer.torch_state_dict("mean")["state"]
         merged.optimizer.load_state_dict(merged.optimizer.state_dict() | {"state": momentum})
         return merged
 
@@ -100,21 +107,29 @@ class Merged:
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
         )
-
-    @property
-    def lr_buffer(self) -> Tensor:
-        return self.optimizer.param_groups[0]["lr"].view(1)
-
-    def lr_rows(self, lrs: list[float]) -> Tensor:
-        return torch.tensor(lrs, device="cpu")[:, None]
+        self._plan: Plan | None = None
 
     def start_epoch(self, epoch: int) -> None:
         """Nothing to do: there is no L."""
 
-    def backward(self, loss: Callable[[nn.Module, Any], Tensor], batch: Any, scale: Scale) -> list[Tensor]:
-        value = loss(self.networks[0], batch)
+    def plan(self, lrs: list[float], start: int) -> None:
+        if self._plan is None:
+            self._plan = Plan(self.optimizer.param_groups[0]["lr"].view(1), len(lrs))
+        self._plan.begin(torch.tensor(lrs, device="cpu")[:, None], start)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def backward(self, loss: Callable[[nn.Module, Any], Tensor], batches: list[Any], scale: Scale) -> list[Tensor]:
+        value = loss(self.networks[0], batches[0])
         scale(value).backward()
         return [value.detach()]
+
+    def step(self, scaler: torch.amp.GradScaler) -> None:
+        if self._plan is not None:
+            self._plan.advance()
+        scaler.step(self.optimizer)
 
     def mean(self) -> nn.Module:
         return self.networks[0]
@@ -128,6 +143,7 @@ class Merged:
     def load_state(self, state: State) -> None:
         self.networks[0].load_state_dict(state["networks"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._plan = None
         if self.settings.captures:  # the graph reads lr on the device; it was saved from the CPU, or as a float
             for group in self.optimizer.param_groups:
                 group["lr"] = torch.as_tensor(group["lr"]).to(self.settings.torch_device)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Batches, Images
-from .graphs import Graphed, Plan
+from .graphs import Graphed
 from .phases import Phase, phase_at
 from .settings import Settings
 from .vgg import VGG
@@ -51,6 +51,8 @@ class Run:
         saved: dict[str, Any] | None = None,
     ):
         self.settings, self.job, self.batches, self.report = settings, job, batches, report
+        own = job.method == "hta" and settings.batches == "own"
+        self.streams = [batches.of_copy(number) for number in range(settings.copies if own else 1)]
         self.epoch: int = saved["epoch"] if saved else 0
         self.batch: int = saved["batch"] if saved else 0  # the next one's number
         torch.manual_seed(job.seed)
@@ -87,7 +89,6 @@ class Run:
         self.graphed: Graphed | None = None
         if self.settings.captures:
             self.graphed = Graphed(self.losses.device, lambda why: self.report(f"{self.job.name}: {why}"))
-            self.plan = Plan(phase.lr_buffer, len(self.batches))
 
     @property
     def images_seen(self) -> int:
@@ -104,10 +105,10 @@ class Run:
         self.phase.start_epoch(self.epoch)
         for net in self.phase.networks:
             net.train()
-        self.batches.begin(self.epoch, self.batch)
+        for stream in self.streams:
+            stream.begin(self.epoch, self.batch)
         if self.graphed is not None:
-            lrs = [self._lr_at(batch) for batch in range(len(self.batches))]
-            self.plan.begin(self.phase.lr_rows(lrs), self.batch)
+            self.phase.plan([self._lr_at(batch) for batch in range(len(self.batches))], self.batch)
 
     def train_epoch(self, on_batch: Callable[[], bool]) -> bool:
         """The rest of this epoch's batches. False if `on_batch` asked to stop."""
@@ -124,26 +125,20 @@ class Run:
         """The next batch, through the graph if there is one and the batch is a whole one."""
         size = self.batches.size(self.batch)
         if self.graphed is None:
-            for group in self.phase.optimizer.param_groups:
-                group["lr"] = self._lr_at(self.batch)
+            self.phase.set_lr(self._lr_at(self.batch))
             self.step(size)
         elif size == self.settings.batch_size:
-            self.graphed(self._planned_step)
+            self.graphed(lambda: self.step(size))
         else:
-            self.graphed.uncaptured(lambda: self._planned_step(size))
+            self.graphed.uncaptured(lambda: self.step(size))
         self.batch += 1
-
-    def _planned_step(self, size: int | None = None) -> None:
-        """A step whose learning rate the plan holds; a whole batch by default."""
-        self.plan.advance()
-        self.step(self.settings.batch_size if size is None else size)
 
     def step(self, size: int) -> None:
         """One batch: forward and backward of every network, and the update. Waits for nothing, so that it can be captured."""
-        batch = self.batches.next(size)
+        batches = [stream.next(size) for stream in self.streams]
         self.phase.optimizer.zero_grad()
-        losses = self.phase.backward(self.loss, batch, self.scaler.scale)
-        self.scaler.step(self.phase.optimizer)
+        losses = self.phase.backward(self.loss, batches, self.scaler.scale)
+        self.phase.step(self.scaler)
         self.scaler.update()
         self.losses += size * torch.stack(losses)
 

@@ -1,6 +1,6 @@
 """What is trained and how: every flag of hta-train, the recipes, and what follows from them (schedules, dtypes, device).
 
-Knows nothing of networks. Imports schedule.py.
+Knows nothing of networks. Imports schedule.py, and the ops' limit on copies.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from .. import schedule as L_schedules
+from ..ops import MAX_COPIES
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -19,8 +20,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class Settings:
     """Train a VGG by homotopy (HTA), by SGD, or both beside each other.
 
-    HTA trains two coupled copies while L falls, then merges them and goes on with one. Two copies cost twice the work,
-    so `compare` sets it beside SGD at equal epochs and SGD at equal work.
+    HTA trains coupled copies while L falls, then merges them and goes on with one. Two copies cost twice the work, so
+    `compare` sets it beside SGD at equal epochs and SGD at equal work.
     """
 
     method: Literal["hta", "sgd", "compare"] = "compare"
@@ -42,14 +43,21 @@ class Settings:
     download: bool = False
     """Fetch CIFAR-10 into data_dir if it is not there."""
 
-    partition: Literal["conv_halves", "layer_halves", "random", "random_units"] = "conv_halves"
-    """Which elements are block 1 (anchored in θ) and block 2 (anchored in η)."""
+    copies: int = 2
+    """How many networks HTA trains while L falls."""
+    batches: Literal["shared", "own"] = "shared"
+    """Whether all copies see the same batch, or each its own: every epoch all images in an order of its own."""
+    partition: Literal[
+        "conv_blocks", "layer_blocks", "random", "random_units", "hashed", "conv_halves", "layer_halves"
+    ] = "conv_blocks"
+    """Which elements are in which of as many blocks as there are copies; each copy is free on one and anchored on the
+    others. hashed: random, and drawn anew each epoch."""
     part: Literal["all", "conv", "classifier"] = "all"
     """The part of the network that the partition covers."""
     anchor: Literal["init", "zero", "random"] = "init"
     """The point θ̃ that the blocks are pulled to."""
-    eta: Literal["copy", "independent"] = "copy"
-    """Whether η starts equal to θ or from an initialisation of its own."""
+    start: Literal["copy", "independent"] = "copy"
+    """Whether all copies start equal or from initialisations of their own."""
     mode: Literal["implicit", "explicit"] = "implicit"
     """How the quadratic terms are stepped: by their proximal map (stable) or the paper's equation (7)."""
 
@@ -79,7 +87,7 @@ class Settings:
     weight_decay: float = 5e-4
     """SGD's weight decay."""
     batch_size: int = 64
-    """Images in a batch; both copies see the same batch."""
+    """Images in a batch, of every copy."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16, fp16: forward and backward under autocast, on float32 parameters; fp16 with a scaled loss. On a GPU HTA's
@@ -100,12 +108,16 @@ class Settings:
     """The folder for results; by default a new one under runs/."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "seeds", "halve_every", "epochs_per_L"):
+        for name in ("epochs", "batch_size", "seeds", "halve_every", "epochs_per_L", "copies"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("decoupled", "threads", "momentum", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.copies > MAX_COPIES:
+            raise ValueError(f"copies must be at most {MAX_COPIES}, got {self.copies}")
+        if not self.momentum < 1:
+            raise ValueError(f"momentum must be under 1, got {self.momentum}")
         for name in ("lr", "width"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")

@@ -1,5 +1,5 @@
 // Launches the GPU kernels. No torch header, so that it compiles beside a CPU build of torch as well.
-#include "cuda.cuh"
+#include "kernels.cuh"
 
 #include <cuda_runtime.h>
 
@@ -18,17 +18,29 @@ const char* error() {
 
 }  // namespace
 
-int64_t scratch(int64_t n) { return 1 + 3 * blocks(n); }  // the flag of the guard, then the blocks' sums
+int64_t scratch(int64_t n) { return 1 + 2 * blocks(n); }  // the flag of the guard, then the blocks' sums
+
+template <class T, class G, class P>
+auto step_kernel_for(const StepArgs<T, G>& args) {
+  if (args.explicit_mode) return step_kernel<T, G, P, 0, true>;
+  if (args.phase != (kPropose | kShare)) return step_kernel<T, G, P, 0, false>;
+  if (args.m <= 2) return step_kernel<T, G, P, 2, false>;
+  if constexpr (sizeof(T) == 4) {
+    if (args.m <= 4) return step_kernel<T, G, P, 4, false>;
+    if (args.m <= 8) return step_kernel<T, G, P, 8, false>;
+  }
+  return step_kernel<T, G, P, 0, false>;
+}
 
 template <class T, class G>
-const char* step(StepArgs<T, G> args, double* scratch, bool skip_nonfinite, void* stream) {
-  args.nonfinite = skip_nonfinite ? reinterpret_cast<int32_t*>(scratch) : nullptr;
+const char* step(StepArgs<T, G> args, double* scratch, void* stream) {
+  args.nonfinite = reinterpret_cast<int32_t*>(scratch);
   args.partial = scratch + 1;
-  if (skip_nonfinite) {
-    cudaMemsetAsync(args.nonfinite, 0, sizeof(int32_t), static_cast<cudaStream_t>(stream));
-    launch(guard_kernel<T, G>, blocks(args.n), args, stream);
-  }
-  launch(args.v_theta ? step_kernel<T, G, true> : step_kernel<T, G, false>, blocks(args.n), args, stream);
+  args.guard = args.guard && (args.phase & kPropose);
+  cudaMemsetAsync(args.nonfinite, 0, sizeof(int32_t), static_cast<cudaStream_t>(stream));
+  if (args.guard) launch(guard_kernel<T, G>, blocks(args.n), args, stream);
+  launch(args.proposal == kAdamW ? step_kernel_for<T, G, AdamW>(args) : step_kernel_for<T, G, Sgd>(args), blocks(args.n),
+         args, stream);
   launch(step_end_kernel<T, G>, 1, args, stream);
   return error();
 }
@@ -47,7 +59,7 @@ const char* batch(const BatchArgs<T>& args, void* stream) {
   return error();
 }
 
-#define HTA_INSTANTIATE_STEP(T, G) template const char* step<T, G>(StepArgs<T, G>, double*, bool, void*);
+#define HTA_INSTANTIATE_STEP(T, G) template const char* step<T, G>(StepArgs<T, G>, double*, void*);
 #define HTA_INSTANTIATE(T)                                             \
   HTA_INSTANTIATE_STEP(T, T)                                           \
   template const char* penalty<T>(PenaltyArgs<T>, double*, void*);     \

@@ -1,0 +1,119 @@
+// What every backend's kernels are handed: raw pointers, no torch. One struct per op, of one layout for all types.
+//
+// These are the only lists of fields: kernels/nvrtc.py reads them from this file, one declaration a line.
+#pragma once
+#include "formats.h"
+
+namespace hta {
+
+constexpr int32_t kHashed = 1 << 20;  // the label of a tile whose elements draw theirs by hash
+
+// Which rule an element follows. `codes` holds, for each tile, its parameter group and its label; a negative label l
+// says that the tile mixes labels, one byte an element, in row ~l of `bytes`. Without codes there is one group, and
+// `bytes` (one for each element) or label 0 throughout.
+struct Pattern {
+  const int32_t* codes;
+  const uint8_t* bytes;
+  const int64_t* seed;
+  int64_t rows;
+};
+
+// One number that stands in memory, as float or as double; null, null: not given.
+struct Scalar {
+  const float* narrow;
+  const double* wide;
+  HTA_INLINE double get(double otherwise) const { return narrow ? double(*narrow) : wide ? *wide : otherwise; }
+};
+
+enum Proposal : int32_t { kSgd, kAdamW };
+enum Phase : int32_t { kPropose = 1, kShare = 2 };  // of a step; with one copy per process they are two calls
+
+// T: the copies, states and anchor. G: the gradients. `rules` holds, for each group, kNumbers of the proposal, then
+// [labels, copies + 1, kRule], the centre's last; labels = copies + 1.
+template <class T, class G = T>
+struct StepArgs {
+  T* copies[kMaxCopies];
+  const G* grads[kMaxCopies];
+  T* states[2 * kMaxCopies];
+  G* low[kMaxCopies];
+  const T* anchor;
+  T* centre;
+  T* sums;
+  Pattern pattern;
+  const arithmetic_t<T>* rules;
+  int64_t groups;
+  int64_t n;
+  Scalar grad_scale;
+  Scalar found_inf;
+  double* stats;
+  double* partial;
+  int32_t* nonfinite;
+  int32_t m;
+  int32_t proposal;
+  int32_t phase;
+  int32_t explicit_mode;
+  int32_t guard;
+};
+// copies: overwritten; states: one row for each copy, or two (the second rows after all first), or null; low: the new
+// copies again, in the gradients' type, or null; anchor: null is zero; centre: what moves with the sum, such as the
+// anchor itself, or null; sums: s, where a phase is done alone, else null; grad_scale: what gradients are divided by; found_inf: not 0: the
+// step is skipped. partial, nonfinite, guard are the GPU's own: two sums from each block; the flag of a gradient that
+// is not finite; whether that flag is set beforehand, and skips the step.
+
+template <class T>
+struct PenaltyArgs {
+  const T* copies[kMaxCopies];
+  T* grads[kMaxCopies];
+  const T* anchor;
+  Pattern pattern;
+  const arithmetic_t<T>* rules;
+  int64_t n;
+  T* value;
+  double* partial;
+  int32_t m;
+  int32_t accumulate;
+};
+
+// One batch out of a data set that lies in memory: shuffled, cropped out of zero padding, mirrored, normalised.
+// out: [size, channels, height, width] with `strides`; order, offsets [2, count], mirrored: of the epoch's images;
+// out = pixel * scale + shift; position: of the batch in `order`.
+template <class T>
+struct BatchArgs {
+  T* out;
+  int64_t strides[4];
+  int64_t* out_labels;
+  const uint8_t* images;
+  const int64_t* labels;
+  const int64_t* order;
+  const int64_t* offsets;
+  const uint8_t* mirrored;
+  const float* scale;
+  const float* shift;
+  const int64_t* position;
+  int64_t count;
+  int64_t size;
+  int64_t channels;
+  int64_t height;
+  int64_t width;
+  int64_t padding;
+};
+
+HTA_INLINE constexpr int64_t rules_width(int64_t m) { return kNumbers + (m + 1) * (m + 1) * kRule; }
+
+namespace cpu {
+// sums: the anchor's and the pairs' squares; NaN if a gradient was not finite, else 0.
+template <class T> void step(const StepArgs<T>& args, double sums[3]);
+template <class T> double penalty(const PenaltyArgs<T>& args);
+template <class T> bool all_finite(const StepArgs<T>& args);
+const char* instruction_set();
+}  // namespace cpu
+
+// Each launches on `stream` of the current device and waits for nothing; the error's name, or null.
+namespace gpu {
+int64_t scratch(int64_t n);  // doubles that `step` and `penalty` need for n elements
+template <class T, class G> const char* step(StepArgs<T, G> args, double* scratch, void* stream);
+template <class T> const char* penalty(PenaltyArgs<T> args, double* scratch, void* stream);
+template <class T> const char* batch(const BatchArgs<T>& args, void* stream);
+}  // namespace gpu
+
+}  // namespace hta

@@ -1,0 +1,428 @@
+// The CPU kernels over a range of tiles. Included by kernels.cpp once per instruction set; hence no include guard, and
+// no includes: the compiler's target is set around it.
+//
+// Two ways through the same arithmetic. Up to four copies are stepped together, element by element, in registers. More
+// are walked row by row through a block of kBlock tiles, while the sum s and what else the copies share waits in the
+// cache: one loop serves any number of copies, has no more streams than one copy has buffers, and can be cut at s. What
+// its second pass over a block reads again is still in the cache.
+namespace hta::cpu::HTA_ISA {
+
+// One register of elements, kBytes wide (kernels.cpp sets HTA_BYTES beside HTA_ISA).
+constexpr int kBytes = HTA_BYTES;
+template <class T> struct Lanes {
+  static constexpr int kCount = kBytes / sizeof(T);
+  using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef T V __attribute__((vector_size(kBytes)));
+  typedef T Unaligned __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
+  typedef Integer Index __attribute__((vector_size(kBytes)));
+};
+
+template <class V, class T> HTA_INLINE V load(const T* p) {
+  if constexpr (std::is_same_v<V, T>) return *p;
+  else return *reinterpret_cast<const typename Lanes<T>::Unaligned*>(p);
+}
+
+template <class V, class T> HTA_INLINE void store(T* p, V value) {
+  if constexpr (std::is_same_v<V, T>) *p = value;
+  else *reinterpret_cast<typename Lanes<T>::Unaligned*>(p) = value;
+}
+
+// A copy's next tile, while this one is worked on; a prefetch past the end of a buffer is harmless.
+template <class... T> HTA_INLINE void prefetch(int64_t i, const T*... streams) {
+  (__builtin_prefetch(reinterpret_cast<const char*>(streams + i) + kAhead), ...);
+}
+
+// Calls body(lane type, i) for i in [0, count): whole lane groups, then single elements.
+template <class T, class Body> HTA_INLINE void each(int64_t count, const Body& body) {
+  constexpr int kCount = Lanes<T>::kCount;
+  int64_t i = 0;
+  for (; i + kCount <= count; i += kCount) body(typename Lanes<T>::V{}, i);
+  for (; i < count; ++i) body(T{}, i);
+}
+
+// A sum over lane groups and single elements.
+template <class T> struct Sum {
+  typename Lanes<T>::V lanes{};
+  T rest{};
+  HTA_INLINE void add(T value) { rest += value; }
+  HTA_INLINE void add(typename Lanes<T>::V value) { lanes += value; }
+  HTA_INLINE double total() const {
+    double sum = rest;
+    for (int lane = 0; lane < Lanes<T>::kCount; ++lane) sum += lanes[lane];
+    return sum;
+  }
+};
+
+// ------------------------------------------------------------------------------------------------- a tile and its rules
+
+template <class T> struct Tile {
+  using Index = typename Lanes<T>::Index;
+  alignas(64) T s[kTile];      // the sum: of the proposals, or in explicit mode of the copies
+  alignas(64) T gaps[kTile];   // sum_i read_i (x_i - x_0) for gradients, sum_i (x_i - x_0) for statistics
+  alignas(64) T reads[kTile];  // sum_i read_i
+  alignas(64) typename Lanes<T>::Integer label[kTile];  // where the tile mixes labels
+  alignas(64) T zeros[kTile] = {};
+  const T* numbers;  // the group's
+  int32_t labels, m;
+  int32_t uniform;  // the tile's label, or -1
+  const T* anchor;  // of this tile; zeros where there is none
+  int64_t start, count;
+
+  void open(const Pattern& pattern, const T* rules, int32_t copies, const T* anchors, int64_t start_, int64_t count_) {
+    m = copies, labels = copies + 1, start = start_, count = count_;
+    anchor = anchors ? anchors + start : zeros;
+    const int64_t at = start / kTile;
+    const int32_t group = pattern.codes ? pattern.codes[2 * at] : 0;
+    uniform = pattern.codes ? pattern.codes[2 * at + 1] : pattern.bytes ? -1 : 0;
+    numbers = rules + group * rules_width(m);
+    if (uniform < 0) {
+      const uint8_t* bytes = pattern.bytes + kTile * (pattern.codes ? ~uniform : at);
+      uniform = -1;
+      for (int64_t i = 0; i < count; ++i) label[i] = bytes[i] < labels ? bytes[i] : labels - 1;
+    } else if (uniform == kHashed) {
+      uniform = -1;
+      const HashKeys keys = hash_keys(*pattern.seed, at);
+      for (uint32_t i = 0; i < kTile; ++i) label[i] = hashed_label(keys, i, uint32_t(m));
+    }
+  }
+
+  // s is taken from where a phase left it, or begins at zero.
+  void clear(const T* sums, bool gradients) {
+    if (sums) std::copy(sums + start, sums + start + count, s);
+    else std::fill(s, s + count, T(0));
+    if (!gradients) return;
+    std::fill(gaps, gaps + count, T(0));
+    std::fill(reads, reads + count, T(0));
+  }
+
+  const T* rule(int32_t of_label, int32_t j) const { return numbers + kNumbers + (of_label * labels + j) * kRule; }
+};
+
+// One row's rule over a tile: the same for all elements, or each element's own, looked up by its label.
+template <class T> struct Uniform {
+  Rule<T> rule;
+  Uniform() = default;
+  Uniform(const Tile<T>& tile, int32_t j) {
+    const T* r = tile.rule(tile.uniform, j);
+    rule = {r[0], r[1], r[2], r[3], r[4]};
+  }
+  template <class V> HTA_INLINE const Rule<T>& at(int64_t) const { return rule; }
+};
+
+// kLabels: how many there are, where that is known.
+template <class T, int kLabels = 0> struct Mixed {
+  using V = typename Lanes<T>::V;
+  static constexpr int kCount = Lanes<T>::kCount;
+  static constexpr int kParts = ((kLabels ? kLabels : kMaxCopies + 1) + kCount - 1) / kCount;  // registers for a number of all labels
+  alignas(64) T table[kRule][kParts * kCount];
+  const typename Lanes<T>::Integer* label;
+  int32_t runtime_labels;
+
+  Mixed() = default;
+  Mixed(const Tile<T>& tile, int32_t j) : label(tile.label), runtime_labels(tile.labels) {
+    for (int l = 0; l < tile.labels; ++l)
+      for (int k = 0; k < kRule; ++k) table[k][l] = tile.rule(l, j)[k];
+  }
+
+  template <class W> HTA_INLINE Rule<W> at(int64_t i) const {
+    if constexpr (std::is_same_v<W, T>) {
+      const auto l = label[i];
+      return {table[0][l], table[1][l], table[2][l], table[3][l], table[4][l]};
+    } else {
+      const auto l = *reinterpret_cast<const typename Lanes<T>::Index*>(label + i);
+      return {pick(0, l), pick(1, l), pick(2, l), pick(3, l), pick(4, l)};
+    }
+  }
+
+  HTA_INLINE V pick(int k, typename Lanes<T>::Index l) const {
+    const int labels = kLabels ? kLabels : runtime_labels;
+    V result;
+    if constexpr (HTA_SHUFFLES) {  // one instruction for each register of labels
+      result = HTA_SHUFFLE(load<V>(table[k]), l);
+      for (int part = 1; part * kCount < labels; ++part)
+        result = l < part * kCount ? result : HTA_SHUFFLE(load<V>(table[k] + part * kCount), l);
+    } else {
+      using Index = typename Lanes<T>::Index;
+      Index bits{};
+      for (int other = 0; other < labels; ++other) bits |= Index(V{} + table[k][other]) & (l == other);
+      result = V(bits);
+    }
+    return result;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------- step
+
+// One copy's proposals over a tile, and its part in the sum. In explicit mode the quadratic terms' gradient comes first.
+template <class P, bool kStates, bool kExplicit, class T, class Rules>
+HTA_INLINE void propose(const StepArgs<T>& args, Tile<T>& tile, const Rules& rules, T scale, int32_t j, Sum<T>& poison) {
+  T* const x_ = args.copies[j] + tile.start;
+  const T* const first_ = args.copies[0] + tile.start;
+  const T* const g_ = args.grads[j] + tile.start;
+  T* const v_ = kStates ? args.states[j] + tile.start : nullptr;
+  T* const w_ = P::kStates > 1 ? args.states[args.m + j] + tile.start : nullptr;
+  typename P::template Numbers<T> number;
+  __builtin_memcpy(&number, tile.numbers, sizeof(number));
+  scale *= number.sign;
+  each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+    using V = decltype(lanes);
+    prefetch(i, x_, g_);
+    if (kStates) prefetch(i, v_);
+    if (P::kStates > 1) prefetch(i, w_);
+    const V x = load<V>(x_ + i);
+    V g = load<V>(g_ + i) * scale;
+    poison.add(g - g);
+    const auto& rule = rules.template at<V>(i);
+    if (kExplicit)
+      g += quadratic_gradient(x, V(x - load<V>(first_ + i)), load<V>(tile.gaps + i), load<V>(tile.reads + i),
+                              load<V>(tile.anchor + i), rule);
+    V state[2] = {kStates ? load<V>(v_ + i) : V{}, P::kStates > 1 ? load<V>(w_ + i) : V{}};
+    const V a = P::propose(x, g, state, number);
+    if (kStates) store(v_ + i, state[0]);
+    if (P::kStates > 1) store(w_ + i, state[1]);
+    store(x_ + i, a);
+    if (!kExplicit) store(tile.s + i, V(load<V>(tile.s + i) + rule.read * a));
+  });
+}
+
+// The sums that a gradient of the quadratic terms needs.
+template <class Copies, class T, class Rules>
+HTA_INLINE void sum_gaps(const Copies& copies, Tile<T>& tile, const Rules& rules, int32_t j) {
+  const T *const x_ = copies[j] + tile.start, *const first_ = copies[0] + tile.start;
+  each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+    using V = decltype(lanes);
+    const auto& rule = rules.template at<V>(i);
+    const V x = load<V>(x_ + i);
+    store(tile.s + i, V(load<V>(tile.s + i) + rule.read * x));
+    store(tile.gaps + i, V(load<V>(tile.gaps + i) + rule.read * (x - load<V>(first_ + i))));
+    store(tile.reads + i, V(load<V>(tile.reads + i) + rule.read));
+  });
+}
+
+// One copy's share in the sum, and its distance to copy 0; returns the square of that to the anchor.
+template <bool kExplicit, class T, class Rules>
+HTA_INLINE double share(const StepArgs<T>& args, Tile<T>& tile, const Rules& rules, int32_t j) {
+  Sum<T> anchored;
+  T *const x_ = args.copies[j] + tile.start, *const first_ = args.copies[0] + tile.start;
+  each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+    using V = decltype(lanes);
+    const auto& rule = rules.template at<V>(i);
+    const V z = load<V>(tile.anchor + i);
+    V x = load<V>(x_ + i);
+    if (!kExplicit) {
+      x = shared(x, load<V>(tile.s + i), z, rule);
+      store(x_ + i, x);
+    }
+    anchored.add(rule.anchored * ((x - z) * (x - z)));
+    if (j > 0) store(tile.gaps + i, V((j > 1 ? load<V>(tile.gaps + i) : V{}) + (x - load<V>(first_ + i))));
+  });
+  return anchored.total();
+}
+
+// sum_{i<j} (x_i - x_j)^2 = m sum_j (x_j - mean)^2, from the sum of distances to copy 0.
+template <class T>
+HTA_INLINE double pairs_of(T* const* copies, const Tile<T>& tile, int32_t m) {
+  const T *const first_ = copies[0] + tile.start, part = T(1) / m;
+  double sum = 0;
+  for (int32_t j = m == 2 ? 1 : 0; j < m; ++j) {
+    const T* const x_ = copies[j] + tile.start;
+    Sum<T> pairs;
+    each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+      using V = decltype(lanes);
+      if (m == 2) return pairs.add(load<V>(tile.gaps + i) * load<V>(tile.gaps + i));
+      const V gap = (load<V>(x_ + i) - load<V>(first_ + i)) - part * load<V>(tile.gaps + i);
+      pairs.add(T(m) * (gap * gap));
+    });
+    sum += pairs.total();
+  }
+  return sum;
+}
+
+// keep centre + share s + pull anchor; the centre may be the anchor itself.
+template <class T, class Rules>
+HTA_INLINE void move_centre(const StepArgs<T>& args, Tile<T>& tile, const Rules& rules) {
+  T* const z_ = args.centre + tile.start;
+  each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+    using V = decltype(lanes);
+    const auto& rule = rules.template at<V>(i);
+    store(z_ + i, shared(load<V>(z_ + i), load<V>(tile.s + i), load<V>(tile.anchor + i), rule));
+  });
+}
+
+// The step over a tile whose few copies fit the registers. The loops over copies are unrolled.
+template <class P, bool kStates, int kCopies, class T, class Rules>
+HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, const Rules* rules, T scale, Sum<T>& anchored,
+                              Sum<T>& pairs, Sum<T>& poison) {
+  typename P::template Numbers<T> number;
+  __builtin_memcpy(&number, tile.numbers, sizeof(number));
+  scale *= number.sign;
+  T *x_[kCopies], *v_[kCopies], *w_[kCopies];
+  const T *g_[kCopies], *const z_ = tile.anchor;
+  T* const centre_ = args.centre ? args.centre + tile.start : nullptr;
+  for (int j = 0; j < kCopies; ++j) {
+    x_[j] = args.copies[j] + tile.start;
+    g_[j] = args.grads[j] + tile.start;
+    v_[j] = kStates ? args.states[j] + tile.start : nullptr;
+    w_[j] = P::kStates > 1 ? args.states[kCopies + j] + tile.start : nullptr;
+  }
+  each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+    using V = decltype(lanes);
+    V x[kCopies], s{};
+    prefetch(i, z_);
+    const V z = load<V>(z_ + i);
+    HTA_UNROLL for (int j = 0; j < kCopies; ++j) {
+      prefetch(i, x_[j], g_[j]);
+      if (kStates) prefetch(i, v_[j]);
+      if (P::kStates > 1) prefetch(i, w_[j]);
+      x[j] = load<V>(x_[j] + i);
+    }
+    HTA_UNROLL for (int j = 0; j < kCopies; ++j) {
+      const auto& rule = rules[j].template at<V>(i);
+      const V g = load<V>(g_[j] + i) * scale;
+      poison.add(g - g);
+      V state[2] = {kStates ? load<V>(v_[j] + i) : V{}, P::kStates > 1 ? load<V>(w_[j] + i) : V{}};
+      x[j] = P::propose(x[j], g, state, number);
+      if (kStates) store(v_[j] + i, state[0]);
+      if (P::kStates > 1) store(w_[j] + i, state[1]);
+      s = j ? s + rule.read * x[j] : rule.read * x[j];
+    }
+    V gaps{};
+    HTA_UNROLL for (int j = 0; j < kCopies; ++j) {
+      const auto& rule = rules[j].template at<V>(i);
+      x[j] = shared(x[j], s, z, rule);
+      store(x_[j] + i, x[j]);
+      anchored.add(rule.anchored * ((x[j] - z) * (x[j] - z)));
+      if (j) gaps += x[j] - x[0];
+    }
+    if (kCopies == 2) pairs.add(gaps * gaps);
+    HTA_UNROLL for (int j = 0; kCopies > 2 && j < kCopies; ++j) {
+      const V gap = (x[j] - x[0]) - T(1.0 / kCopies) * gaps;
+      pairs.add(T(kCopies) * (gap * gap));
+    }
+    if (centre_) store(centre_ + i, shared(load<V>(centre_ + i), s, z, rules[kCopies].template at<V>(i)));
+  });
+}
+
+// sums: the anchor's, the pairs', NaN for a gradient that is not finite. In T within a tile, in double beyond.
+template <class P, bool kStates, int kCopies, class T>
+void step_range_together(const StepArgs<T>& args, int64_t begin, int64_t end, double sums[3]) {
+  const T scale = T(1.0 / args.grad_scale.get(1));
+  sums[0] = sums[1] = sums[2] = 0;
+  static thread_local Tile<T> tile;
+  const auto with = [&](auto* rules, auto& anchored, auto& pairs, auto& poison) __attribute__((always_inline)) {
+    for (int j = 0; j <= kCopies; ++j) rules[j] = {tile, j};
+    step_together<P, kStates, kCopies>(args, tile, rules, scale, anchored, pairs, poison);
+  };
+  for (int64_t start = begin; start < end; start += kTile) {
+    Sum<T> anchored, pairs, poison;
+    Uniform<T> uniform[kCopies + 1];
+    Mixed<T, kCopies + 1> mixed[kCopies + 1];
+    tile.open(args.pattern, args.rules, args.m, args.anchor, start, std::min(kTile, end - start));
+    tile.uniform >= 0 ? with(uniform, anchored, pairs, poison) : with(mixed, anchored, pairs, poison);
+    sums[0] += anchored.total();
+    sums[1] += pairs.total();
+    sums[2] += poison.total();
+  }
+}
+
+// Calls call(rules) with row j's rules over a tile, in either kind.
+template <class T, class Call> HTA_INLINE void with_rules(const Tile<T>& tile, int32_t j, const Call& call) {
+  tile.uniform >= 0 ? call(Uniform<T>(tile, j)) : call(Mixed<T>(tile, j));
+}
+
+template <class P, bool kStates, bool kExplicit, class T>
+void step_range(const StepArgs<T>& args, int64_t begin, int64_t end, double sums[3]) {
+  const int32_t m = args.m;
+  const T scale = T(1.0 / args.grad_scale.get(1));
+  sums[0] = sums[1] = sums[2] = 0;
+  static thread_local Tile<T> block[kBlock];
+  for (int64_t start = begin; start < end; start += kBlock * kTile) {
+    Sum<T> poison;
+    const int64_t tiles = std::min<int64_t>(kBlock, (end - start + kTile - 1) / kTile);
+    for (int64_t b = 0; b < tiles; ++b)
+      block[b].open(args.pattern, args.rules, m, args.anchor, start + b * kTile, std::min(kTile, end - start - b * kTile));
+    // One row of the block after the other. Copy 0 comes last where the others' gradients need it as it was.
+    const auto rows = [&](bool descending, const auto& work) __attribute__((always_inline)) {
+      for (int32_t i = 0; i < m; ++i)
+        for (int64_t b = 0; b < tiles; ++b) {
+          const int32_t j = descending ? m - 1 - i : i;
+          with_rules(block[b], j, [&](const auto& rules) __attribute__((always_inline)) { work(block[b], rules, j); });
+        }
+    };
+    for (int64_t b = 0; b < tiles; ++b) block[b].clear(args.phase & kPropose ? nullptr : args.sums, kExplicit);
+    if (args.phase & kPropose) {
+      if (kExplicit) rows(false, [&](Tile<T>& tile, const auto& rules, int32_t j) __attribute__((always_inline)) {
+        sum_gaps(args.copies, tile, rules, j);
+      });
+      rows(kExplicit, [&](Tile<T>& tile, const auto& rules, int32_t j) __attribute__((always_inline)) {
+        propose<P, kStates, kExplicit>(args, tile, rules, scale, j, poison);
+      });
+      if (args.sums)
+        for (int64_t b = 0; b < tiles; ++b) std::copy(block[b].s, block[b].s + block[b].count, args.sums + block[b].start);
+    }
+    if (args.phase & kShare) {
+      rows(false, [&](Tile<T>& tile, const auto& rules, int32_t j) __attribute__((always_inline)) {
+        sums[0] += share<kExplicit>(args, tile, rules, j);
+      });
+      for (int64_t b = 0; b < tiles; ++b) {
+        if (m > 1) sums[1] += pairs_of(args.copies, block[b], m);
+        if (args.centre) with_rules(block[b], m, [&](const auto& rules) { move_centre(args, block[b], rules); });
+      }
+    }
+    sums[2] += poison.total();
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------- penalty
+
+template <template <class> class Rules, class T>
+HTA_INLINE void penalty_tile(const PenaltyArgs<T>& args, Tile<T>& tile, Sum<T>& energy) {
+  const int32_t m = args.m;
+  tile.clear(nullptr, true);
+  for (int32_t j = 0; j < m; ++j) sum_gaps(args.copies, tile, Rules<T>(tile, j), j);
+  const T* const first_ = args.copies[0] + tile.start;
+  for (int32_t j = 0; j < m; ++j) {
+    const Rules<T> rules(tile, j);
+    const T* const x_ = args.copies[j] + tile.start;
+    T* const g_ = args.grads[j] + tile.start;
+    each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+      using V = decltype(lanes);
+      prefetch(i, x_);
+      const auto& rule = rules.template at<V>(i);
+      const V x = load<V>(x_ + i), z = load<V>(tile.anchor + i), gap = x - load<V>(first_ + i);
+      const V gaps = load<V>(tile.gaps + i), reads = load<V>(tile.reads + i);
+      const V g = quadratic_gradient(x, gap, gaps, reads, z, rule);
+      // Over all j the squares of the distances to the mean, times m, are those of the pairs' distances.
+      const V off = gap - gaps / reads;
+      energy.add(T(0.5) * (rule.pull * ((x - z) * (x - z)) + rule.share * (reads * (off * off))));
+      store(g_ + i, args.accumulate ? V(load<V>(g_ + i) + g) : g);
+    });
+  }
+}
+
+template <class T>
+double penalty_range(const PenaltyArgs<T>& args, int64_t begin, int64_t end) {
+  Tile<T> tile;
+  double sum = 0;
+  for (int64_t start = begin; start < end; start += kTile) {
+    Sum<T> energy;
+    tile.open(args.pattern, args.rules, args.m, args.anchor, start, std::min(kTile, end - start));
+    tile.uniform >= 0 ? penalty_tile<Uniform>(args, tile, energy) : penalty_tile<Mixed>(args, tile, energy);
+    sum += energy.total();
+  }
+  return sum;
+}
+
+// NaN if any of [begin, end) of a row is not finite, else 0.
+template <class T>
+double poison_range(const T* x, int64_t begin, int64_t end) {
+  Sum<T> poison;
+  each<T>(end - begin, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+    prefetch(begin + i, x);
+    const auto value = load<decltype(lanes)>(x + begin + i);
+    poison.add(value - value);
+  });
+  return poison.total();
+}
+
+}  // namespace hta::cpu::HTA_ISA
