@@ -24,6 +24,9 @@ except ImportError:
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10: the oldest release whose stable ABI has what we call
 SOURCES = [path for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
+CUDA_SOURCES = [
+    path for path in SOURCES if path.parent.name == "gpu" or (path.parent == Path("csrc") and path.suffix == ".h")
+]
 CUDA_TARGETS = ("60", "70", "75", "80", "86", "89", "90", "100", "120")
 
 
@@ -100,7 +103,7 @@ class Build(BuildExtension):
         if os.environ.get("CXX"):
             command += ["-ccbin", os.environ["CXX"].split()[0]]
         say(f"compiling CUDA kernels for {', '.join(targets)}{f', PTX of {ptx}' if ptx else ''}")
-        stamp, newest = out.with_suffix(".command"), max(path.stat().st_mtime for path in SOURCES)
+        stamp, newest = out.with_suffix(".command"), max(path.stat().st_mtime for path in CUDA_SOURCES)
         if not (out.exists() and stamp.exists() and stamp.read_text() == str(command) and out.stat().st_mtime > newest):
             subprocess.run(command, check=True)
             stamp.write_text(str(command))

@@ -15,7 +15,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // lane groups never cross a function that is not inlined
 #define HTA_SHUFFLE(table, index) __builtin_shuffle(table, index)
-#define HTA_UNROLL _Pragma("GCC unroll 4")
+#define HTA_UNROLL _Pragma("GCC unroll 8")
 #else
 #define HTA_UNROLL
 #define HTA_SHUFFLE(table, index) table
@@ -126,6 +126,7 @@ auto step_loop(const StepArgs<T>& args) {
     if (args.m == 2) return HTA_PICK(step_range_together<P, kStates, 2, T>);
     if (args.m == 3) return HTA_PICK(step_range_together<P, kStates, 3, T>);
     if (args.m == 4) return HTA_PICK(step_range_together<P, kStates, 4, T>);
+    if (args.m == 8) return HTA_PICK(step_range_together<P, kStates, 8, T>);
   }
   return HTA_PICK(step_range<P, kStates, false, T>);
 }

@@ -46,10 +46,13 @@ template <class T> struct Sum {
   T rest{};
   HTA_INLINE void add(T value) { rest += value; }
   HTA_INLINE void add(typename Lanes<T>::V value) { lanes += value; }
-  HTA_INLINE double total() const {
-    double sum = rest;
-    for (int lane = 0; lane < Lanes<T>::kCount; ++lane) sum += lanes[lane];
-    return sum;
+  HTA_INLINE double total() const {  // in pairs: a chain of additions would take as long as a tile's arithmetic
+    constexpr int kCount = Lanes<T>::kCount;
+    T part[kCount];
+    for (int lane = 0; lane < kCount; ++lane) part[lane] = lanes[lane];
+    for (int half = kCount / 2; half > 0; half /= 2)
+      for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+    return double(part[0]) + rest;
   }
 };
 
