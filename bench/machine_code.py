@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         print(f"NVRTC {'.'.join(map(str, nvrtc.version()))}\n\n{table(options.archs)}")
     except (ImportError, OSError, RuntimeError) as error:
-        sys.exit(f"bench.machine_code: {error}")
+        sys.exit("bench.machine_code: " + " ".join(str(error).split()))
 
 
 if __name__ == "__main__":
