@@ -33,7 +33,7 @@ class Replicas:
         model: any module with trainable parameters of one floating dtype on one device.
         copies: m, how many there are, from 1 to 32.
         partition: a Partition of the model, the name of one ("conv_blocks", "layer_blocks", "random", "random_units",
-            "hashed"), made of as many blocks as there are copies (at least two), or labels by parameter name.
+            "hashed"), made of as many blocks as there are copies, or labels by parameter name.
         anchor: θ̃: "init" (the parameters as they are now), "zero", "random" (a fresh initialisation), a flat
             tensor in `layout`'s order, or a state_dict.
         start: "copy" (all start equal), "independent" (a fresh initialisation for each but copy 0), or the other copies
@@ -82,8 +82,8 @@ class Replicas:
             )
 
         self.layout = Layout.of(model)
-        self.partition = Partition.make(model, partition, max(2, copies)).to(device)
-        if self.partition.blocks > max(2, copies):
+        self.partition = Partition.make(model, partition, copies).to(device)
+        if self.partition.blocks > copies:
             raise ValueError(f"partition has {self.partition.blocks} blocks, but there are {copies} copies")
         self.copies = [model, *self._others(model, copies - 1, start)]
         self.anchor = self._anchor(anchor, dtype, device)

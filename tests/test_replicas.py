@@ -202,3 +202,14 @@ def test_independent_copies_differ():
 def test_nonsense_is_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+@pytest.mark.parametrize("partition", ["conv_blocks", "random", "random_units", "hashed"])
+def test_there_are_no_more_blocks_than_copies(copies, partition):
+    """One copy over tiles of a block of their own, which a second copy would have been free on."""
+    replicas = hta.Replicas(nn.Conv2d(16, 256, 3), copies, partition)
+    assert replicas.partition.flat().amax() == copies
+    before = replicas.params.clone()
+    hta.HomotopySGD(replicas, 0.1, L=1.0).step()
+    assert torch.allclose(replicas.params, before, rtol=1e-6)  # no gradient, and every copy is the anchor

@@ -31,7 +31,7 @@ class Coupled:
 
     def __init__(self, settings: Settings, model: nn.Module):
         self.settings = s = settings
-        partition = BY_NAME[s.partition](model, None if s.part == "all" else s.part, blocks=max(2, s.copies))
+        partition = BY_NAME[s.partition](model, None if s.part == "all" else s.part, blocks=s.copies)
         self.replicas = Replicas(model, s.copies, partition, s.anchor, s.start, compute_dtype=s.compute_dtype)
         self.networks = self.replicas.copies
         self.optimizer = HomotopySGD(
