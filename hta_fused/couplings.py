@@ -15,7 +15,7 @@ To add a coupling: a class here, about ten lines, and its test. No kernel knows 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -59,10 +59,6 @@ class Coupling:
 
     def _rules(self, copies: int, step_size: float) -> Tensor:
         raise NotImplementedError
-
-    def settings(self) -> dict[str, float | int | str]:
-        """The settings by name, as param_groups hold them."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 def _table(copies: int, rule: Callable[[int, int], Row], anchor: Row) -> Tensor:

@@ -173,17 +173,16 @@ class CoupledOptimizer(torch.optim.Optimizer):
             self.refresh()
             self._steps += 1
             self._step_tensor.fill_(self._steps)
-        found_inf = getattr(self, "found_inf", None)
-        settings = (self.rules, getattr(self, "grad_scale", None), found_inf, self._stats, self.proposal.kernel,
-                    self._explicit, self.skip_nonfinite and found_inf is None, PROPOSE | SHARE)  # fmt: skip
         if self._coupling_class is Parle:
             self._step_parle()
         else:
-            partition, moves = replicas.partition, self._moves_anchor
+            partition, found_inf = replicas.partition, getattr(self, "found_inf", None)
             step_buffers(
                 self._mutated, [replicas.params], [replicas.grads], self._state_rows,
-                [] if replicas.low is None else [replicas.low], replicas.anchor, replicas.anchor if moves else None, None,
-                self._codes, partition.labels, partition.seed, *settings,
+                [] if replicas.low is None else [replicas.low], replicas.anchor,
+                replicas.anchor if self._moves_anchor else None, None, self._codes, partition.labels, partition.seed,
+                self.rules, getattr(self, "grad_scale", None), found_inf, self._stats, self.proposal.kernel,
+                self._explicit, self.skip_nonfinite and found_inf is None, PROPOSE | SHARE,
             )  # fmt: skip
         if self._buffers and not self._shown:
             self._show_state()
@@ -598,12 +597,12 @@ class HomotopySGD(CoupledOptimizer):
         self.coupling = replace(self.coupling, L=value)  # type: ignore[call-arg]
 
 
-def _settings(proposal: Proposal) -> dict[str, Any]:
-    return {f.name: getattr(proposal, f.name) for f in fields(proposal)}
+def _settings(of: Proposal | Coupling) -> dict[str, Any]:
+    return {f.name: getattr(of, f.name) for f in fields(of)}
 
 
 def _coupling_settings(coupling: Coupling) -> dict[str, Any]:
-    return {"coupling": type(coupling).__name__, **coupling.settings()}
+    return {"coupling": type(coupling).__name__, **_settings(coupling)}
 
 
 def _check_coupling(coupling: Coupling, replicas: Replicas) -> None:
