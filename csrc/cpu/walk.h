@@ -32,6 +32,20 @@ template <class... T> HTA_INLINE void prefetch(int64_t i, const T*... streams) {
   (__builtin_prefetch(reinterpret_cast<const char*>(streams + i) + kAhead), ...);
 }
 
+// kCount bytes as integers.
+template <class T> HTA_INLINE typename Lanes<T>::Index widen(const uint8_t* p) {
+  using Index = typename Lanes<T>::Index;
+#if HTA_BYTES == 32  // where GCC 12 would move them one by one
+  if constexpr (sizeof(T) == 4) return Index(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  int32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return Index(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four)));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(Lanes<T>::kCount), aligned(1), may_alias));
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Index);
+#endif
+}
+
 // Calls body(lane type, i) for i in [0, count): whole lane groups, then single elements.
 template <class T, class Body> HTA_INLINE void each(int64_t count, const Body& body) {
   constexpr int kCount = Lanes<T>::kCount;
@@ -59,34 +73,42 @@ template <class T> struct Sum {
 // ------------------------------------------------------------------------------------------------- a tile and its rules
 
 template <class T> struct Tile {
-  using Index = typename Lanes<T>::Index;
   alignas(64) T s[kTile];      // the sum: of the proposals, or in explicit mode of the copies
   alignas(64) T gaps[kTile];   // sum_i read_i (x_i - x_0) for gradients, sum_i (x_i - x_0) for statistics
   alignas(64) T reads[kTile];  // sum_i read_i
-  alignas(64) typename Lanes<T>::Integer label[kTile];  // where the tile mixes labels
+  uint8_t hashed[kTile];       // labels
   alignas(64) T zeros[kTile] = {};
   const T* numbers;  // the group's
   int32_t labels, m;
   int32_t uniform;  // the tile's label, or -1
+  const uint8_t* label;  // of each element, if not
   const T* anchor;  // of this tile; zeros where there is none
   int64_t start, count;
 
-  void open(const Pattern& pattern, const T* rules, int32_t copies, const T* anchors, int64_t start_, int64_t count_) {
-    m = copies, labels = copies + 1, start = start_, count = count_;
+  void open(const Pattern& pattern, const T* rules, int32_t copies, const T* anchors, int64_t start_, int64_t end) {
+    m = copies, labels = copies + 1, start = start_, count = std::min(kTile, end - start);
     anchor = anchors ? anchors + start : zeros;
     const int64_t at = start / kTile;
     const int32_t group = pattern.codes ? pattern.codes[2 * at] : 0;
     uniform = pattern.codes ? pattern.codes[2 * at + 1] : pattern.bytes ? -1 : 0;
     numbers = rules + group * rules_width(m);
     if (uniform < 0) {
-      const uint8_t* bytes = pattern.bytes + kTile * (pattern.codes ? ~uniform : at);
+      label = pattern.bytes + kTile * (pattern.codes ? ~uniform : at);
       uniform = -1;
-      for (int64_t i = 0; i < count; ++i) label[i] = bytes[i] < labels ? bytes[i] : labels - 1;
+      for (int64_t i = 0; i < kTile; i += 64) __builtin_prefetch(label + kTile + i);  // the next mixed tile's
     } else if (uniform == kHashed) {
-      uniform = -1;
+      uniform = -1, label = hashed;
       const HashKeys keys = hash_keys(*pattern.seed, at);
-      for (uint32_t i = 0; i < kTile; ++i) label[i] = hashed_label(keys, i, uint32_t(m));
+      for (uint32_t i = 0; i < kTile; ++i) hashed[i] = hashed_label(keys, i, uint32_t(m));
     }
+  }
+
+  // Up to `end`, as far as tiles are alike: the fewer starts, the fewer pauses.
+  void extend(const Pattern& pattern, int64_t end) {
+    if (anchor == zeros) return;
+    const int32_t* const codes = pattern.codes;
+    const auto alike = [&](int64_t at) { return !codes || (codes[2 * at] == codes[2 * at - 2] && codes[2 * at + 1] == codes[2 * at - 1]); };
+    while (start + count < end && alike((start + count) / kTile)) count = std::min(count + kTile, end - start);
   }
 
   // s is taken from where a phase left it, or begins at zero.
@@ -109,43 +131,53 @@ template <class T> struct Uniform {
     const T* r = tile.rule(tile.uniform, j);
     rule = {r[0], r[1], r[2], r[3], r[4]};
   }
-  template <class V> HTA_INLINE const Rule<T>& at(int64_t) const { return rule; }
+  template <class V> static HTA_INLINE int label(const Tile<T>&, int64_t) { return 0; }
+  HTA_INLINE const Rule<T>& at(int) const { return rule; }
 };
 
 // kLabels: how many there are, where that is known.
 template <class T, int kLabels = 0> struct Mixed {
   using V = typename Lanes<T>::V;
+  using Integer = typename Lanes<T>::Integer;
+  using Index = typename Lanes<T>::Index;
   static constexpr int kCount = Lanes<T>::kCount;
+  // Within four lanes a look-up is half as long.
+  static constexpr bool kFour = HTA_BYTES == 32 && sizeof(T) == 4 && kLabels && kLabels <= 4;
   static constexpr int kParts = ((kLabels ? kLabels : kMaxCopies + 1) + kCount - 1) / kCount;  // registers for a number of all labels
   alignas(64) T table[kRule][kParts * kCount];
-  const typename Lanes<T>::Integer* label;
   int32_t runtime_labels;
 
   Mixed() = default;
-  Mixed(const Tile<T>& tile, int32_t j) : label(tile.label), runtime_labels(tile.labels) {
+  Mixed(const Tile<T>& tile, int32_t j) : runtime_labels(tile.labels) {
     for (int l = 0; l < tile.labels; ++l)
-      for (int k = 0; k < kRule; ++k) table[k][l] = tile.rule(l, j)[k];
+      for (int k = 0; k < kRule; ++k) table[k][l] = table[k][kFour ? l + 4 : l] = tile.rule(l, j)[k];
   }
 
-  template <class W> HTA_INLINE Rule<W> at(int64_t i) const {
+  // A label above the range is the last.
+  template <class W> static HTA_INLINE auto label(const Tile<T>& tile, int64_t i) {
     if constexpr (std::is_same_v<W, T>) {
-      const auto l = label[i];
-      return {table[0][l], table[1][l], table[2][l], table[3][l], table[4][l]};
+      return Integer(std::min<int32_t>(tile.label[i], tile.labels - 1));
     } else {
-      const auto l = *reinterpret_cast<const typename Lanes<T>::Index*>(label + i);
-      return {pick(0, l), pick(1, l), pick(2, l), pick(3, l), pick(4, l)};
+      const Index l = widen<T>(tile.label + i);
+      const Index last = Index{} + Integer((kLabels ? kLabels : tile.labels) - 1);
+      return l < last ? l : last;
     }
   }
 
-  HTA_INLINE V pick(int k, typename Lanes<T>::Index l) const {
+  HTA_INLINE Rule<T> at(Integer l) const { return {table[0][l], table[1][l], table[2][l], table[3][l], table[4][l]}; }
+  HTA_INLINE Rule<V> at(Index l) const { return {pick(0, l), pick(1, l), pick(2, l), pick(3, l), pick(4, l)}; }
+
+  HTA_INLINE V pick(int k, Index l) const {
     const int labels = kLabels ? kLabels : runtime_labels;
     V result;
+#if HTA_BYTES == 32
+    if constexpr (kFour) return V(_mm256_permutevar_ps(__m256(load<V>(table[k])), __m256i(l)));
+#endif
     if constexpr (HTA_SHUFFLES) {  // one instruction for each register of labels
       result = HTA_SHUFFLE(load<V>(table[k]), l);
       for (int part = 1; part * kCount < labels; ++part)
         result = l < part * kCount ? result : HTA_SHUFFLE(load<V>(table[k] + part * kCount), l);
     } else {
-      using Index = typename Lanes<T>::Index;
       Index bits{};
       for (int other = 0; other < labels; ++other) bits |= Index(V{} + table[k][other]) & (l == other);
       result = V(bits);
@@ -175,7 +207,7 @@ HTA_INLINE void propose(const StepArgs<T>& args, Tile<T>& tile, const Rules& rul
     const V x = load<V>(x_ + i);
     V g = load<V>(g_ + i) * scale;
     poison.add(g - g);
-    const auto& rule = rules.template at<V>(i);
+    const auto& rule = rules.at(Rules::template label<V>(tile, i));
     if (kExplicit)
       g += quadratic_gradient(x, V(x - load<V>(first_ + i)), load<V>(tile.gaps + i), load<V>(tile.reads + i),
                               load<V>(tile.anchor + i), rule);
@@ -194,7 +226,7 @@ HTA_INLINE void sum_gaps(const Copies& copies, Tile<T>& tile, const Rules& rules
   const T *const x_ = copies[j] + tile.start, *const first_ = copies[0] + tile.start;
   each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
     using V = decltype(lanes);
-    const auto& rule = rules.template at<V>(i);
+    const auto& rule = rules.at(Rules::template label<V>(tile, i));
     const V x = load<V>(x_ + i);
     store(tile.s + i, V(load<V>(tile.s + i) + rule.read * x));
     store(tile.gaps + i, V(load<V>(tile.gaps + i) + rule.read * (x - load<V>(first_ + i))));
@@ -209,7 +241,7 @@ HTA_INLINE double share(const StepArgs<T>& args, Tile<T>& tile, const Rules& rul
   T *const x_ = args.copies[j] + tile.start, *const first_ = args.copies[0] + tile.start;
   each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
     using V = decltype(lanes);
-    const auto& rule = rules.template at<V>(i);
+    const auto& rule = rules.at(Rules::template label<V>(tile, i));
     const V z = load<V>(tile.anchor + i);
     V x = load<V>(x_ + i);
     if (!kExplicit) {
@@ -247,7 +279,7 @@ HTA_INLINE void move_centre(const StepArgs<T>& args, Tile<T>& tile, const Rules&
   T* const z_ = args.centre + tile.start;
   each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
     using V = decltype(lanes);
-    const auto& rule = rules.template at<V>(i);
+    const auto& rule = rules.at(Rules::template label<V>(tile, i));
     store(z_ + i, shared(load<V>(z_ + i), load<V>(tile.s + i), load<V>(tile.anchor + i), rule));
   });
 }
@@ -271,6 +303,7 @@ HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, cons
   each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
     using V = decltype(lanes);
     V x[kCopies], s{};
+    const auto label = Rules::template label<V>(tile, i);
     prefetch(i, z_);
     const V z = load<V>(z_ + i);
     HTA_UNROLL for (int j = 0; j < kCopies; ++j) {
@@ -280,7 +313,7 @@ HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, cons
       x[j] = load<V>(x_[j] + i);
     }
     HTA_UNROLL for (int j = 0; j < kCopies; ++j) {
-      const auto& rule = rules[j].template at<V>(i);
+      const auto& rule = rules[j].at(label);
       const V g = load<V>(g_[j] + i) * scale;
       poison.add(g - g);
       V state[2] = {kStates ? load<V>(v_[j] + i) : V{}, P::kStates > 1 ? load<V>(w_[j] + i) : V{}};
@@ -291,7 +324,7 @@ HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, cons
     }
     V gaps{};
     HTA_UNROLL for (int j = 0; j < kCopies; ++j) {
-      const auto& rule = rules[j].template at<V>(i);
+      const auto& rule = rules[j].at(label);
       x[j] = shared(x[j], s, z, rule);
       store(x_[j] + i, x[j]);
       anchored.add(rule.anchored * ((x[j] - z) * (x[j] - z)));
@@ -302,30 +335,32 @@ HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, cons
       const V gap = (x[j] - x[0]) - T(1.0 / kCopies) * gaps;
       pairs.add(T(kCopies) * (gap * gap));
     }
-    if (centre_) store(centre_ + i, shared(load<V>(centre_ + i), s, z, rules[kCopies].template at<V>(i)));
+    if (centre_) store(centre_ + i, shared(load<V>(centre_ + i), s, z, rules[kCopies].at(label)));
   });
 }
 
-// sums: the anchor's, the pairs', NaN for a gradient that is not finite. In T within a tile, in double beyond.
+// sums: the anchor's, the pairs', NaN for a gradient that is not finite. In T within the range, in double beyond.
 template <class P, bool kStates, int kCopies, class T>
 void step_range_together(const StepArgs<T>& args, int64_t begin, int64_t end, double sums[3]) {
   const T scale = T(1.0 / args.grad_scale.get(1));
-  sums[0] = sums[1] = sums[2] = 0;
   static thread_local Tile<T> tile;
-  const auto with = [&](auto* rules, auto& anchored, auto& pairs, auto& poison) __attribute__((always_inline)) {
-    for (int j = 0; j <= kCopies; ++j) rules[j] = {tile, j};
-    step_together<P, kStates, kCopies>(args, tile, rules, scale, anchored, pairs, poison);
-  };
-  for (int64_t start = begin; start < end; start += kTile) {
-    Sum<T> anchored, pairs, poison;
-    Uniform<T> uniform[kCopies + 1];
-    Mixed<T, kCopies + 1> mixed[kCopies + 1];
-    tile.open(args.pattern, args.rules, args.m, args.anchor, start, std::min(kTile, end - start));
-    tile.uniform >= 0 ? with(uniform, anchored, pairs, poison) : with(mixed, anchored, pairs, poison);
-    sums[0] += anchored.total();
-    sums[1] += pairs.total();
-    sums[2] += poison.total();
+  Sum<T> anchored, pairs, poison;
+  Uniform<T> uniform[kCopies + 1];
+  Mixed<T, kCopies + 1> mixed[kCopies + 1];
+  const T* numbers = nullptr;  // whose rules `mixed` holds
+  for (int64_t start = begin; start < end; start += tile.count) {
+    tile.open(args.pattern, args.rules, args.m, args.anchor, start, end);
+    if (tile.uniform >= 0) {
+      tile.extend(args.pattern, end);
+      for (int j = 0; j <= kCopies; ++j) uniform[j] = {tile, j};
+      step_together<P, kStates, kCopies>(args, tile, uniform, scale, anchored, pairs, poison);
+    } else {
+      for (int j = 0; j <= kCopies && tile.numbers != numbers; ++j) mixed[j] = {tile, j};
+      numbers = tile.numbers;
+      step_together<P, kStates, kCopies>(args, tile, mixed, scale, anchored, pairs, poison);
+    }
   }
+  sums[0] = anchored.total(), sums[1] = pairs.total(), sums[2] = poison.total();
 }
 
 // Calls call(rules) with row j's rules over a tile, in either kind.
@@ -343,7 +378,7 @@ void step_range(const StepArgs<T>& args, int64_t begin, int64_t end, double sums
     Sum<T> poison;
     const int64_t tiles = std::min<int64_t>(kBlock, (end - start + kTile - 1) / kTile);
     for (int64_t b = 0; b < tiles; ++b)
-      block[b].open(args.pattern, args.rules, m, args.anchor, start + b * kTile, std::min(kTile, end - start - b * kTile));
+      block[b].open(args.pattern, args.rules, m, args.anchor, start + b * kTile, end);
     // One row of the block after the other. Copy 0 comes last where the others' gradients need it as it was.
     const auto rows = [&](bool descending, const auto& work) __attribute__((always_inline)) {
       for (int32_t i = 0; i < m; ++i)
@@ -391,7 +426,7 @@ HTA_INLINE void penalty_tile(const PenaltyArgs<T>& args, Tile<T>& tile, Sum<T>& 
     each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
       using V = decltype(lanes);
       prefetch(i, x_);
-      const auto& rule = rules.template at<V>(i);
+      const auto& rule = rules.at(Rules<T>::template label<V>(tile, i));
       const V x = load<V>(x_ + i), z = load<V>(tile.anchor + i), gap = x - load<V>(first_ + i);
       const V gaps = load<V>(tile.gaps + i), reads = load<V>(tile.reads + i);
       const V g = quadratic_gradient(x, gap, gaps, reads, z, rule);
@@ -409,7 +444,7 @@ double penalty_range(const PenaltyArgs<T>& args, int64_t begin, int64_t end) {
   double sum = 0;
   for (int64_t start = begin; start < end; start += kTile) {
     Sum<T> energy;
-    tile.open(args.pattern, args.rules, args.m, args.anchor, start, std::min(kTile, end - start));
+    tile.open(args.pattern, args.rules, args.m, args.anchor, start, end);
     tile.uniform >= 0 ? penalty_tile<Uniform>(args, tile, energy) : penalty_tile<Mixed>(args, tile, energy);
     sum += energy.total();
   }
