@@ -1,22 +1,26 @@
 """Files that are always whole, whenever the process is killed. Imports nothing of the package."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def save_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def save_atomically(path: Path, write: Callable[[Path], Any], keep: Path | None = None) -> None:
     """Has `write` write a partial file in `path`'s folder, and gives it `path`'s name once it is on the disk.
 
-    What a killed process leaves has one name, which the next write takes over.
+    What a killed process leaves has one name, which the next write takes over. What `path` held before is kept as
+    `keep`, if that is given; a process killed between the two renamings leaves `keep` alone.
     """
     partial = path.with_name(f".part-{path.name}")
     try:
         write(partial)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -27,4 +31,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, as_json(content, indent=2) + "\n")
+
+
+def as_json(content: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: numbers that it has no name for are the strings "inf", "-inf" and "nan"."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
+        if isinstance(value, dict):
+            return {key: named(entry) for key, entry in value.items()}
+        return [named(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(named(content), indent=indent, allow_nan=False)

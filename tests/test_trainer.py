@@ -59,7 +59,16 @@ def test_a_comparison_leaves_its_files(finished):
     out, lines = finished
     names = {p.name for p in out.iterdir() if p.is_file()}
     models = {f"{run}-seed{s}.pt" for run in ("sgd", "sgd-equal-work", "hta") for s in (0, 1)}
-    assert names == {"config.json", "metrics.jsonl", "summary.json", "curves.png", "checkpoint.pt", *models}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "curves.png",
+        "checkpoint.pt",
+        "checkpoint.previous.pt",
+        ".lock",
+        *models,
+    }
     rows = metrics(out)
     assert len(rows) == 2 * (3 + 5 + 3)
     apart = [row for row in rows if row["run"] == "HTA" and row["seed"] == 1]
@@ -223,7 +232,7 @@ def test_stopping_in_the_middle_of_an_epoch_keeps_its_place(tmp_path):
     assert not Trainer(broken, stop=lambda: next(asked), report=lambda _: None).train()
     state = torch.load(broken.out / "checkpoint.pt", weights_only=True)["run"]
     assert (state["epoch"], state["batch"]) == (1, 14)
-    assert Trainer(broken, resume=True, report=lambda _: None).train()
+    assert Trainer.resume(broken.out, report=lambda _: None).train()
     same_results(whole.out, broken.out)
 
 
@@ -246,7 +255,7 @@ def test_resuming_on_other_images_is_refused(tmp_path, monkeypatch):
     Trainer(settings, report=lambda _: None).train()
     monkeypatch.setattr(data, "synthetic", data.digits)
     with pytest.raises(ValueError, match="not those that .* was trained on"):
-        Trainer(settings, resume=True)
+        Trainer.resume(settings.out)
 
 
 # ---------------------------------------------------------------------------------------------------- settings and VGG

@@ -1,13 +1,12 @@
 """hta-train: the trainer on a terminal. Flags, signals, progress bars."""
 
 import argparse
-import json
 import signal
 import sys
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from .comparison import Trainer, evaluate_file
 from .run import Job
@@ -48,10 +47,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{commands.evaluate}: test accuracy {accuracy:.2f}%, test loss {loss:.4f}")
             return
         if commands.resume is not None:
-            config = commands.resume / "config.json"
-            if not config.exists():
-                sys.exit(f"hta-train: {commands.resume} is no run's folder: it has no config.json")
-            settings = replace(Settings.from_json(json.loads(config.read_text())), out=commands.resume)
+            settings = replace(settings, out=commands.resume)
         elif settings.out is None:
             stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
             settings = replace(
@@ -82,13 +78,12 @@ def main(argv: list[str] | None = None) -> None:
                 bar, shown = tqdm(desc=title, total=total, initial=done - 1, leave=False, unit="batch"), title
             bar.update(done - bar.n)
 
-        trainer = Trainer(
-            settings,
-            resume=commands.resume is not None,
-            stop=lambda: bool(caught),
-            progress=progress,
-            report=lambda text: tqdm.write(text, file=sys.stdout),
-        )
+        callbacks: dict[str, Any] = {
+            "stop": lambda: bool(caught),
+            "progress": progress,
+            "report": lambda text: tqdm.write(text, file=sys.stdout),
+        }
+        trainer = Trainer.resume(commands.resume, **callbacks) if commands.resume else Trainer(settings, **callbacks)
         finished = trainer.train()
         if bar is not None:
             bar.close()
@@ -99,5 +94,5 @@ def main(argv: list[str] | None = None) -> None:
                 flush=True,
             )
             sys.exit(128 + caught[0])
-    except (ValueError, OSError) as error:
+    except (FloatingPointError, ValueError, OSError) as error:
         sys.exit(f"hta-train: {error}")

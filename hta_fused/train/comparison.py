@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 
-from ..files import save_atomically, write_json, write_text
+from ..files import as_json, save_atomically, write_json, write_text
+from ..kernels import backends
 from . import data
-from .report import curves, describe, summarise, table
+from .folder import Folder
+from .report import curves, describe, processor, summarise, table
 from .run import Job, Run, batches_of, evaluate, network
 from .settings import Settings
+
+PATIENCE = 3  # epochs in a row whose loss is not finite, after which a run is given up
 
 
 def jobs(settings: Settings) -> list[Job]:
@@ -32,35 +36,35 @@ def jobs(settings: Settings) -> list[Job]:
 class Trainer:
     """Works through a comparison's jobs and keeps its folder.
 
-    The folder holds config.json, metrics.jsonl (a line per epoch), checkpoint.pt, one state_dict per finished run,
-    summary.json and curves.png, each whole at any moment.
+    The folder holds checkpoint.pt, the truth, from the instant that it exists, and the one before beside it; of what
+    the checkpoint says: config.json, metrics.jsonl (a line per epoch), one state_dict per finished run, and at the end
+    summary.json and curves.png. Each is whole at any moment.
 
     Args:
-        settings: what to train; `out` must be set.
-        resume: go on from the folder's checkpoint.
+        settings: what to train; `out`, a new folder, must be set.
         stop: asked after every batch; once it says True, a checkpoint is written and `train` returns.
         progress: told of every batch: (job, epoch, batches done, batches of the epoch).
         report: takes each line of text for the user.
+
+    Raises:
+        FileExistsError: `out` holds a run.
+        BlockingIOError: another process trains in it.
+        OSError, ValueError: the data is not there or altered, or `out` cannot be written to.
     """
 
     def __init__(
         self,
         settings: Settings,
-        resume: bool = False,
+        *,
         stop: Callable[[], bool] = lambda: False,
         progress: Callable[[Job, int, int, int], None] = lambda *_: None,
         report: Callable[[str], None] = print,
+        _folder: Folder | None = None,
     ):
-        assert settings.out is not None
+        if settings.out is None:
+            raise ValueError("settings.out must be the folder for the results, got None")
         self.settings, self.stop, self.progress, self.report = settings, stop, progress, report
         self.out = settings.out
-        self.checkpoint = self.out / "checkpoint.pt"
-        if self.checkpoint.exists() and not resume:
-            raise FileExistsError(
-                f"{self.out} already holds a run: --resume {self.out} goes on with it, or choose another --out"
-            )
-        if resume and not self.checkpoint.exists():
-            raise FileNotFoundError(f"{self.out} holds no checkpoint.pt to resume from")
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.images = data.load(settings.dataset, settings.data_dir, settings.download)
@@ -68,33 +72,80 @@ class Trainer:
         self.jobs = jobs(settings)
         self.rows: list[dict[str, Any]] = []
         self.done = 0
-        self._saved_run: dict[str, Any] | None = None
-        if resume:
-            self._load()
+        self._run: Run | None = None  # under way
+        # What the bits depend on beside the settings.
+        self.machine = {
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+            "processor": processor(),
+            "instructions": backends()["cpu"],
+        }
+        if _folder is None:
+            self.folder = Folder.create(self.out, self._content())
+            self._write_records()
         else:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(self.out / "config.json", settings.to_json())
-        write_text(self.out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+            self.folder = _folder
+            self.folder.load(self._take, report)
+            self._write_records()
         self._tensorboard = _tensorboard(self.out)
 
+    @classmethod
+    def resume(cls, out: Path, *, data_dir: Path | None = None, download: bool = False, **callbacks: Any) -> "Trainer":
+        """Goes on with the run in a folder, with the settings and the number of threads that it was begun with.
+
+        Args:
+            out: the folder.
+            data_dir, download: where the data lies now.
+            callbacks: `stop`, `progress`, `report`, as above.
+
+        Raises:
+            FileNotFoundError: the folder holds no run.
+            BlockingIOError: another process trains in it.
+            ValueError: no checkpoint is whole, config.json is not the run's, or the images are not.
+        """
+        report = callbacks.get("report", print)
+        folder = Folder.open(out)
+        try:
+            settings = folder.load(_settings_of, report)
+            _check_record(out / "config.json", settings)
+            changes: dict[str, Any] = {"out": out, "download": download}
+            return cls(
+                replace(settings, **changes, data_dir=data_dir or settings.data_dir), _folder=folder, **callbacks
+            )
+        except BaseException:
+            folder.close()
+            raise
+
     def train(self) -> bool:
-        """Runs what is left. False if it was asked to stop before the end; then a checkpoint holds all there is."""
-        while self.done < len(self.jobs):
-            job = self.jobs[self.done]
-            batches = batches_of(self.images, self.settings, job.seed)
-            run = Run(self.settings, job, batches, self.report, self._saved_run)
-            self._saved_run = None
-            while run.epoch < job.epochs:
-                finished = self._epoch(run)
-                self._save(run)
-                if not finished:
-                    return False
-            self.done += 1
-            state = run.phase.mean().state_dict()
-            save_atomically(self.out / f"{job.name}.pt", lambda path, state=state: torch.save(state, path))  # type: ignore[misc]
-            self._save(None)
-        self._finish()
-        return True
+        """Runs what is left. False if it was asked to stop before the end; then a checkpoint holds all there is.
+
+        Raises:
+            FloatingPointError: the loss has not been finite for PATIENCE epochs in a row, or when a run ended.
+        """
+        try:
+            while self.done < len(self.jobs):
+                job = self.jobs[self.done]
+                if self._run is None:
+                    self._run = self._new_run(None)
+                self._check_finite(job)
+                while self._run.epoch < job.epochs:
+                    finished = self._epoch(self._run)
+                    self._save()
+                    if not finished:
+                        return False
+                    self._check_finite(job)
+                state = self._run.phase.mean().state_dict()
+                save_atomically(self.out / f"{job.name}.pt", lambda path, state=state: _torch_save(state, path))  # type: ignore[misc]
+                self.done, self._run = self.done + 1, None
+                self._save()
+            self._finish()
+            return True
+        finally:
+            self.folder.close()
+
+    def _new_run(self, saved: dict[str, Any] | None) -> Run:
+        job = self.jobs[self.done]
+        return Run(self.settings, job, batches_of(self.images, self.settings, job.seed), self.report, saved)
 
     def _epoch(self, run: Run) -> bool:
         start, already = time.perf_counter(), run.images_seen
@@ -108,44 +159,139 @@ class Trainer:
         seconds = time.perf_counter() - start
         fresh = 1 - already / run.images_seen  # the part of the epoch that this process trained
         row = run.end_epoch(seconds / fresh if fresh > 0 else 0.0)
-        self.rows.append({k: "inf" if v == math.inf else v for k, v in row.items()})  # JSON has no infinity
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(self.rows[-1]) + "\n")
+        self.rows.append(row)
         if self._tensorboard is not None:
             for key in ("train_loss", "test_loss", "test_accuracy", "distance", "lr", "L"):
                 self._tensorboard.add_scalar(f"{run.job.name}/{key}", row[key], row["epoch"])
         self.report(describe(row, run.job.epochs))
         return True
 
-    # The checkpoint is the truth; metrics.jsonl is written again from it on resuming, since the last lines may be lost
-    # or ahead of it.
-    def _save(self, run: Run | None) -> None:
-        content = {
+    def _check_finite(self, job: Job) -> None:
+        mine = [row for row in self.rows if (row["run"], row["seed"]) == (job.label, job.seed)]
+        last = mine[-PATIENCE:]
+        if len(last) < min(PATIENCE, job.epochs):
+            return
+        if any(math.isfinite(row["train_loss"]) and math.isfinite(row["test_loss"]) for row in last):
+            return
+        s = self.settings
+        advice = f"lower --lr (it is {s.lr:g})"
+        if job.method == "hta" and s.mode == "explicit" and s.lr * 4 / s.L_start > 2 * (1 + s.momentum):
+            advice = f"--mode explicit is unstable where lr · 4 / L exceeds 2 (1 + momentum): raise --L-start (it is {s.L_start:g}), {advice}, or take --mode implicit"
+        elif s.precision == "fp16":
+            advice += " or take --precision bf16"
+        raise FloatingPointError(
+            f"{job.label} seed {job.seed} diverged: its loss has not been finite for {len(last)} epochs; {advice}"
+        )
+
+    # The checkpoint is the truth; what else is in the folder is written from it, after it.
+    def _content(self) -> dict[str, Any]:
+        return {
             "settings": self.settings.to_json(),
             "data": self.fingerprint,
+            "machine": self.machine,
             "rows": self.rows,
             "done": self.done,
-            "run": None if run is None else run.state(),
+            "run": None if self._run is None else self._run.state(),
         }
-        save_atomically(self.checkpoint, lambda path: torch.save(content, path))
 
-    def _load(self) -> None:
-        content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+    def _save(self) -> None:
+        self.folder.save(self._content())
+        self._write_metrics()
+
+    def _write_metrics(self) -> None:
+        write_text(self.out / "metrics.jsonl", "".join(as_json(row) + "\n" for row in self.rows))
+
+    def _write_records(self) -> None:
+        write_json(self.out / "config.json", self.settings.to_json())
+        self._write_metrics()
+
+    def _take(self, content: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's content.
+
+        Raises:
+            ValueError: it does not fit the images, the settings or itself.
+        """
         if content["data"] != self.fingerprint:
             raise ValueError(
-                f"the images are not those that {self.out} was trained on (fingerprint {self.fingerprint}, "
-                f"was {content['data']})"
+                f"the images are not those that it was trained on (fingerprint {self.fingerprint}, was {content['data']})"
             )
-        self.rows, self.done, self._saved_run = content["rows"], content["done"], content["run"]
+        self.done, run = content["done"], None
+        if content["run"] is not None:
+            try:
+                run = self._new_run(content["run"])
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                why = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ValueError(f"its run does not fit its settings: {why}") from error
+        begun = content["machine"]
+        for name in ("torch", "processor", "instructions"):
+            if begun[name] != self.machine[name]:
+                self.report(f"begun with {name} {begun[name]}, going on with {self.machine[name]}: the bits may differ")
+        if begun["threads"] != torch.get_num_threads():
+            self.report(f"going on with {begun['threads']} threads, as it was begun: the bits depend on it")
+            torch.set_num_threads(begun["threads"])
+        self.machine, self.rows, self._run = begun, content["rows"], run
 
     def _finish(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
-        summary = summarise(self.rows, self.settings, self.fingerprint)
-        write_json(self.out / "summary.json", summary)
-        save_atomically(self.out / "curves.png", lambda path: curves(self.rows, path))
-        files = ", ".join(sorted(p.name for p in self.out.iterdir()))
+        if (self.out / "summary.json").exists():  # finished before, and resumed for no reason
+            summary = json.loads((self.out / "summary.json").read_text())
+        else:
+            save_atomically(self.out / "curves.png", lambda path: curves(self.rows, path))
+            summary = summarise(self.rows, self.settings, self.fingerprint)
+            write_json(self.out / "summary.json", summary)
+        files = ", ".join(sorted(p.name for p in self.out.iterdir() if not p.name.startswith(".")))
         self.report(f"\n{table(summary)}\n\n{self.out}: {files}")
+
+
+def _torch_save(content: Any, path: Path) -> None:
+    with open(path, "wb") as file:  # so that a full disk is an OSError
+        torch.save(content, file)
+
+
+def _settings_of(content: dict[str, Any]) -> Settings:
+    """A checkpoint's settings.
+
+    Raises:
+        ValueError: its content is not as `Trainer._content` makes it.
+    """
+    kinds = {"settings": dict, "data": str, "machine": dict, "rows": list, "done": int, "run": dict | None}
+    if not isinstance(content, dict):
+        raise ValueError(f"it is no checkpoint of hta-train: it holds a {type(content).__name__}")
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name, ...), kind):
+            raise ValueError(
+                f"it is no checkpoint of hta-train, or of another version: {name} is {type(content.get(name)).__name__}"
+            )
+    if not all(
+        isinstance(row, dict) and {"run", "seed", "train_loss", "test_loss"} <= row.keys() for row in content["rows"]
+    ):
+        raise ValueError("it is no checkpoint of hta-train, or of another version: its rows are no metrics")
+    if not {"threads", "torch", "processor", "instructions"} <= content["machine"].keys():
+        raise ValueError("it is no checkpoint of hta-train, or of another version: its machine is not described")
+    try:
+        settings = Settings.from_json(content["settings"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"it is no checkpoint of hta-train, or of another version: {error}") from None
+    if not 0 <= content["done"] <= len(jobs(settings)):
+        raise ValueError(f"it says that {content['done']} runs of {len(jobs(settings))} are done")
+    return settings
+
+
+def _check_record(config: Path, settings: Settings) -> None:
+    """config.json is a record and not an input: a difference is refused."""
+    if not config.exists():
+        return
+    cure = f"put it back or delete it ({config.name} is a record; a run goes on with what its checkpoint says)"
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config} is no JSON ({error}): {cure}") from None
+    ours = settings.to_json()
+    names = [n for n in {**ours, **found} if n != "out" and found.get(n, ...) != ours.get(n, ...)]
+    if names:
+        differences = ", ".join(f"{n} is {found.get(n)!r}, but the run has {ours.get(n)!r}" for n in names)
+        raise ValueError(f"{config}: {differences}: {cure}")
 
 
 def evaluate_file(file: Path, settings: Settings) -> tuple[float, float]:

@@ -27,6 +27,7 @@ class Coupled:
         optimizer: steps all of them.
         L: of this epoch; 0 where there is one network.
         distance: between the copies; 0 where there is one network.
+        skipped: steps so far that a gradient which was not finite kept from being taken.
     """
 
     def __init__(self, settings: Settings, model: nn.Module):
@@ -45,6 +46,10 @@ class Coupled:
     @property
     def distance(self) -> float:
         return self.replicas.distance()
+
+    @property
+    def skipped(self) -> int:
+        return self.optimizer.stats.skipped
 
     def start_epoch(self, epoch: int) -> None:
         """To be called before an epoch's first step, and after `load_state`."""
@@ -99,6 +104,7 @@ class Merged:
 
     L = 0.0
     distance = 0.0
+    skipped = 0  # torch's SGD takes every step that no GradScaler withholds
 
     def __init__(self, settings: Settings, model: nn.Module):
         self.settings = s = settings

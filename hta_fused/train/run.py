@@ -55,6 +55,7 @@ class Run:
         self.streams = [batches.of_copy(number) for number in range(settings.copies if own else 1)]
         self.epoch: int = saved["epoch"] if saved else 0
         self.batch: int = saved["batch"] if saved else 0  # the next one's number
+        self.skipped: int = saved["skipped"] if saved else 0  # steps of the phase, when the epoch began
         torch.manual_seed(job.seed)
         self.scaler = torch.amp.GradScaler(settings.torch_device.type, enabled=settings.precision == "fp16")
         self._enter(phase_at(settings, job.method, self.epoch, network(settings)))
@@ -66,6 +67,7 @@ class Run:
         return {
             "epoch": self.epoch,
             "batch": self.batch,
+            "skipped": self.skipped,
             "losses": self.losses,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state() if self.losses.is_cuda else None,
@@ -169,6 +171,7 @@ class Run:
             # Counted once for each copy that an image went through.
             "images_per_second": copies * self.images_seen / seconds if seconds > 0 else 0.0,
             "seconds": seconds,
+            "skipped": phase.skipped - self.skipped,  # steps, for a gradient that was not finite
             "train_loss": sum(losses) / copies,
         }
         for number, (net, loss) in enumerate(zip(phase.networks, losses, strict=True)):
@@ -184,6 +187,7 @@ class Run:
         self.losses.zero_()
         if following is not phase:
             self._enter(following)
+        self.skipped = self.phase.skipped
         return row
 
 

@@ -1,0 +1,181 @@
+"""A run's folder on the disk: its lock, its checkpoint and the one before. Knows nothing of what they hold."""
+
+import hashlib
+import io
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files import save_atomically
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: no lock
+    fcntl = None  # type: ignore[assignment]
+
+_SEAL = b"\nSHA-256 %s\n"  # ends a checkpoint; torch.load does not mind it
+_SEAL_SIZE = len(_SEAL) - 2 + 64
+
+Content = dict[str, Any]
+
+
+class Folder:
+    """A run's folder, which one process at a time holds.
+
+    checkpoint.pt is the truth about the run: a torch file that ends in the SHA-256 of the rest. checkpoint.previous.pt
+    is the one before, which serves where the newest does not.
+
+    Args:
+        path: the folder, which exists.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  # held until close() or death
+        try:
+            if fcntl is not None:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise BlockingIOError(f"{path} is in use by {holder}: one run, one process") from None
+        except OSError as error:
+            warnings.warn(f"{path} cannot be locked ({error}): see to it that no other process uses it", stacklevel=2)
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {platform.node()}")
+        self._lock.flush()
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        self._lock.close()
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    @property
+    def previous(self) -> Path:
+        return self.path / "checkpoint.previous.pt"
+
+    @classmethod
+    def create(cls, path: Path, content: Content) -> "Folder":
+        """A new folder that holds a checkpoint from the instant that it exists; or one that exists and holds none.
+
+        Raises:
+            FileExistsError: it holds a run.
+            OSError: it cannot be made or written to; nothing is left behind then.
+        """
+        taken = FileExistsError(f"{path} already holds a run: --resume {path} goes on with it, or choose another --out")
+        if path.exists():
+            folder = cls(path)
+            try:
+                if folder.checkpoint.exists() or folder.previous.exists():
+                    raise taken
+                folder.save(content)
+            except OSError:
+                folder.close()
+                raise
+            return folder
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unnamed = path.with_name(f".part-{path.name}")  # what a killed process left is taken over
+        unnamed.mkdir(exist_ok=True)
+        folder = cls(unnamed)
+        try:
+            folder.save(content)
+            os.rename(unnamed, path)
+        except OSError:
+            folder.close()
+            shutil.rmtree(unnamed)
+            if path.exists():  # another process was faster
+                raise taken from None
+            raise
+        folder.path = path
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "Folder":
+        """The folder of a run that has begun.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} is no run's folder: {'a file' if path.exists() else 'it does not exist'}")
+        if not any((path / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt")):
+            raise FileNotFoundError(f"{path} is no run's folder: it holds no checkpoint.pt to resume from")
+        return cls(path)
+
+    def save(self, content: Content) -> None:
+        """Makes `content` the newest checkpoint, and the newest the previous one."""
+        payload = sealed(content)
+        save_atomically(self.checkpoint, lambda partial: partial.write_bytes(payload), keep=self.previous)
+
+    def load(self, check: Callable[[Content], Any], report: Callable[[str], None]) -> Any:
+        """What `check` makes of the newest checkpoint that is whole and that it does not refuse.
+
+        Args:
+            check: raises ValueError for a content that is not to be used.
+            report: told if the newest does not serve, why, and what does; it is then set aside.
+
+        Raises:
+            ValueError: none serves; says why.
+        """
+        refused: ValueError | None = None
+        for path in (self.checkpoint, self.previous):
+            if not path.exists():
+                continue
+            try:
+                checked = check(unsealed(path))
+            except ValueError as error:
+                error = ValueError(f"{path}: {error}")
+                refused = refused or error
+                continue
+            if refused:
+                aside = self.path / "checkpoint.refused.pt"
+                os.replace(self.checkpoint, aside)
+                report(f"{refused}; {path.name} serves instead, and {aside.name} is what did not")
+            return checked
+        assert refused is not None
+        raise refused
+
+
+def sealed(content: Content) -> bytearray:
+    """A checkpoint's bytes."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    payload = bytearray(buffer.getbuffer())
+    payload += _SEAL % hashlib.sha256(payload).hexdigest().encode()
+    return payload
+
+
+def unsealed(path: Path) -> Content:
+    """What a checkpoint holds; its tensors on the CPU.
+
+    Raises:
+        ValueError: it is altered, or no checkpoint; says what was found.
+    """
+    payload = path.read_bytes()
+    content, seal = payload[:-_SEAL_SIZE], payload[-_SEAL_SIZE:]
+    digest = hashlib.sha256(content).hexdigest()
+    if not seal.startswith(_SEAL[:9]) or not seal.endswith(b"\n"):
+        raise ValueError(
+            f"its {len(payload)} bytes do not end in a SHA-256: it is truncated, altered or no checkpoint of hta-train"
+        )
+    if seal != _SEAL % digest.encode():
+        raise ValueError(
+            f"its content has SHA-256 {digest[:16]}…, expected {seal[9:25].decode(errors='replace')}…: it is altered"
+        )
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever an unpickler finds in what only looks like a checkpoint
+        raise ValueError(f"it is no checkpoint of hta-train: {str(error).splitlines()[0]}") from error
