@@ -22,6 +22,9 @@ def save_atomically(path: Path, write: Callable[[Path], Any], keep: Path | None 
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = str(path)  # that of the file that was wanted
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

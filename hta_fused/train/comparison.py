@@ -285,8 +285,10 @@ def _check_record(config: Path, settings: Settings) -> None:
     cure = f"put it back or delete it ({config.name} is a record; a run goes on with what its checkpoint says)"
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {type(found).__name__}")
     except ValueError as error:
-        raise ValueError(f"{config} is no JSON ({error}): {cure}") from None
+        raise ValueError(f"{config} is no JSON of settings ({error}): {cure}") from None
     ours = settings.to_json()
     names = [n for n in {**ours, **found} if n != "out" and found.get(n, ...) != ours.get(n, ...)]
     if names:

@@ -86,19 +86,21 @@ class Folder:
                 folder.close()
                 raise
             return folder
-        path.parent.mkdir(parents=True, exist_ok=True)
         unnamed = path.with_name(f".part-{path.name}")  # what a killed process left is taken over
-        unnamed.mkdir(exist_ok=True)
-        folder = cls(unnamed)
+        folder = None
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unnamed.mkdir(exist_ok=True)
+            folder = cls(unnamed)
             folder.save(content)
             os.rename(unnamed, path)
-        except OSError:
-            folder.close()
-            shutil.rmtree(unnamed)
+        except OSError as error:
+            if folder is not None:
+                folder.close()
+                shutil.rmtree(unnamed, ignore_errors=True)
             if path.exists():  # another process was faster
                 raise taken from None
-            raise
+            raise OSError(error.errno, f"{path} cannot be made: {error.strerror or error}") from error
         folder.path = path
         return folder
 
