@@ -1,6 +1,7 @@
 # make train   set up, then train VGG by homotopy beside SGD on scanned digits (ARGS= are hta-train's flags)
 # make test    set up, then run every test (ARGS= are pytest's)
 # make bench   set up, then measure every speed that the README states (RESULTS= is the folder)
+# make stress  set up, then kill, alter, fill up and mistype whatever can be, for some ten minutes
 # make gpu     on a machine with an NVIDIA GPU: build, test, check and measure with the python3 and torch that are there
 # make lint    the linter, the formatter's check and the type checker
 
@@ -10,7 +11,7 @@ READY := $(VENV)/ready
 RESULTS := runs/bench
 PYTHON ?= python3
 
-.PHONY: train test bench gpu lint clean
+.PHONY: train test bench stress gpu lint clean
 
 train: $(READY)
 	$(BIN)/hta-train $(ARGS)
@@ -22,6 +23,9 @@ test: $(READY)
 bench: $(READY)
 	for what in ops step copies scaling train; do $(BIN)/hta-bench $$what --out $(RESULTS) $(ARGS) || exit 1; done
 	$(BIN)/hta-bench report $(RESULTS)
+
+stress: $(READY)
+	$(BIN)/python tests/stress.py $(ARGS)
 
 gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)

@@ -31,8 +31,8 @@ from unittest import mock
 
 import torch
 
-from hta_fused.train import Settings, Trainer
-from hta_fused.train.folder import Folder, sealed, unsealed
+from hta_fused.train import Settings, Trainer, data
+from hta_fused.train.folder import sealed, unsealed
 
 Case = tuple[str, Callable[[], None]]  # what is tried, and a call that raises AssertionError where it goes wrong
 
@@ -81,6 +81,18 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def raises(kind: type[BaseException] | tuple[type[BaseException], ...], words: str, call: Callable[[], Any]) -> None:
+    """Whether a call raises an error of one line with some words in it."""
+    said = None
+    try:
+        call()
+    except kind as error:
+        said = str(error)
+    assert said is not None, "was taken"
+    assert "\n" not in said, f"several lines: {said}"
+    assert words in said, f"does not say {words!r}: {said}"
 
 
 # --------------------------------------------------------------------------------------------------------------- kills
@@ -155,20 +167,14 @@ class Stopped:
         self.payload = (self.out / "checkpoint.pt").read_bytes()
         self.content = unsealed(self.out / "checkpoint.pt")
 
-    def refuses(self, payload: bytes, keep_previous: bool = False) -> None:
+    def refuses(self, payload: bytes) -> None:
         """Whether a checkpoint is refused in one line that names it, and nothing else is touched."""
         newest, previous = self.out / "checkpoint.pt", self.out / "checkpoint.previous.pt"
         newest.write_bytes(payload)
-        if not keep_previous:
-            previous.unlink(missing_ok=True)
+        for other in (previous, self.out / "config.json"):  # which would speak first
+            other.unlink(missing_ok=True)
         before = {p.name: p.read_bytes() for p in self.out.iterdir() if p.name != ".lock"}
-        try:
-            Trainer.resume(self.out, report=silent)
-        except (ValueError, OSError) as error:
-            assert "\n" not in str(error), f"several lines: {error}"
-            assert str(newest) in str(error), f"does not name the file: {error}"
-        else:
-            raise AssertionError("was taken")
+        raises((ValueError, OSError), str(newest), lambda: Trainer.resume(self.out, report=silent))
         after = {p.name: p.read_bytes() for p in self.out.iterdir() if p.name != ".lock"}
         assert before == after, "wrote something"
 
@@ -296,16 +302,6 @@ def disk_full(after: int) -> Callable[..., Any]:
     return fsync
 
 
-def raises(kind: type[BaseException], words: str, call: Callable[[], Any]) -> None:
-    try:
-        call()
-    except kind as error:
-        assert "\n" not in str(error), f"several lines: {error}"
-        assert words in str(error), f"does not say {words!r}: {error}"
-    else:
-        raise AssertionError("was taken")
-
-
 def faults(folder: Path) -> Iterator[Case]:
     reference = folder / "whole"
     Trainer(replace(TINY, out=reference), report=silent).train()
@@ -313,12 +309,7 @@ def faults(folder: Path) -> Iterator[Case]:
     def full_disk(after: int) -> None:
         out = folder / f"full-{after}"
         with mock.patch("os.fsync", disk_full(after)):
-            try:
-                Trainer(replace(TINY, out=out), report=silent).train()
-            except OSError as error:
-                assert "No space left" in str(error)
-            else:
-                raise AssertionError("was not noticed")
+            raises(OSError, "No space left", lambda: Trainer(replace(TINY, out=out), report=silent).train())
         assert [p.name for p in folder.iterdir() if p.name.startswith(".part")] == [], "left half a folder"
         if after == 0:
             assert not out.exists(), "left a folder without a checkpoint"
@@ -373,7 +364,7 @@ def faults(folder: Path) -> Iterator[Case]:
 
     def data_changed() -> None:
         stopped = Stopped(folder / "changed")
-        with mock.patch("hta_fused.train.data.synthetic", lambda: __import__("hta_fused").train.data.digits()):
+        with mock.patch.object(data, "synthetic", data.digits):
             stopped.refuses(stopped.payload)
 
     yield "other data when resumed", data_changed

@@ -76,6 +76,7 @@ class Folder:
             OSError: it cannot be made or written to; nothing is left behind then.
         """
         taken = FileExistsError(f"{path} already holds a run: --resume {path} goes on with it, or choose another --out")
+        folder: Folder | None = None
         if path.exists():
             folder = cls(path)
             try:
@@ -87,7 +88,6 @@ class Folder:
                 raise
             return folder
         unnamed = path.with_name(f".part-{path.name}")  # what a killed process left is taken over
-        folder = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             unnamed.mkdir(exist_ok=True)
