@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hta_fused.files import save_atomically, write_json
-from hta_fused.train import PAPER, Settings, Trainer, cli, data, report
+from hta_fused.files import as_json, save_atomically, write_json
+from hta_fused.train import PAPER, Run, Settings, Trainer, cli, data, report
 from hta_fused.train.vgg import CONFIGURATIONS, VGG
 
 # Two epochs apart, one merged; a second or two.
@@ -256,6 +256,49 @@ def test_resuming_on_other_images_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "synthetic", data.digits)
     with pytest.raises(ValueError, match="not those that .* was trained on"):
         Trainer.resume(settings.out)
+
+
+def test_a_run_goes_on_with_the_threads_it_was_begun_with(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        settings = replace(TINY, method="sgd", epochs=1, threads=2, out=tmp_path / "run")
+        Trainer(settings, stop=lambda: True, report=lambda _: None).train()
+        torch.set_num_threads(1)
+        said = []
+        trainer = Trainer.resume(settings.out, report=said.append)
+        assert torch.get_num_threads() == 2
+        trainer.train()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_other_machines_are_named(tmp_path, monkeypatch):
+    settings = replace(TINY, method="sgd", epochs=1, out=tmp_path / "run")
+    Trainer(settings, stop=lambda: True, report=lambda _: None).train()
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    said = []
+    Trainer.resume(settings.out, report=said.append)
+    assert any("going on with 1.0: the bits may differ" in line for line in said)
+
+
+def test_steps_that_were_skipped_are_in_the_row(tmp_path, monkeypatch):
+    """Of a gradient that is NaN for some batches: those steps are skipped, and the epoch says how many."""
+    settings = replace(TINY, method="hta", out=tmp_path / "run")
+    whole, calls = Run.loss, iter(range(10**6))
+
+    def broken(self, net, batch):
+        loss = whole(self, net, batch)
+        return loss * math.nan if next(calls) in (0, 2, 9) else loss  # two copies: the first two steps, and the fifth
+
+    monkeypatch.setattr(Run, "loss", broken)
+    Trainer(settings, report=lambda _: None).train()
+    assert [row["skipped"] for row in metrics(settings.out)] == [2, 1, 0]
+    assert metrics(settings.out)[0]["train_loss"] == "nan"
+
+
+def test_json_has_a_name_for_every_number():
+    text = as_json({"a": [math.nan, 1.0], "b": (math.inf, {"c": -math.inf})})
+    assert json.loads(text) == {"a": ["nan", 1.0], "b": ["inf", {"c": "-inf"}]}
 
 
 # ---------------------------------------------------------------------------------------------------- settings and VGG
