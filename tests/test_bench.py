@@ -84,7 +84,8 @@ def test_a_line_fits_a_line():
         (["opps"], "WHAT must be one of step, copies, ops, scaling, train, report, got 'opps'"),
     ],
 )
-def test_nonsense_is_answered_in_a_line(argv, message, capsys):
+def test_nonsense_is_answered_in_a_line(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", None)  # 9999 of them would take the machine down
     with pytest.raises(SystemExit):
         cli.main(argv)
     error = capsys.readouterr().err
