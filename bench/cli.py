@@ -1,12 +1,5 @@
 """hta-bench: measures, prints a table, and writes a JSON and a picture.
 
-    hta-bench step       the step against its rivals, on models' own lists of tensors
-    hta-bench copies     one flat buffer: SGD and AdamW in one to eight copies, kinds of labels, another version
-    hta-bench ops        one flat buffer: the roofline, anchors, random labels, small sizes, the penalty
-    hta-bench scaling    time against size, number of tensors, threads
-    hta-bench train      a training step of HTA, of SGD, and of the usual script
-    hta-bench report DIR joins a folder's JSONs into one Markdown page with their pictures
-
 Rounds are interleaved; figures are medians, with half the distance between the quartiles; a difference inside that
 spread is printed as a tie. Every rival is checked to do what hta_fused does before it is timed (bench/rivals.py).
 """
@@ -24,6 +17,7 @@ import torch
 
 from hta_fused.files import save_atomically, write_json, write_text
 from hta_fused.ops import MAX_COPIES
+from hta_fused.terminal import Parser, threads, whole_number
 
 from . import measure, plots, rivals, workloads
 
@@ -130,71 +124,84 @@ def draw(what: str, results: list[Result], path: Path, caption: str) -> None:
     save_atomically(path, picture)
 
 
-WHAT: dict[str, Callable[[argparse.Namespace], Iterator[Result]]] = {
-    "ops": ops,
-    "copies": copies,
-    "step": step,
-    "train": train,
-    "scaling": scaling,
+WHAT: dict[str, tuple[Callable[[argparse.Namespace], Iterator[Result]], str]] = {
+    "step": (step, "the step and its rivals, on models' own lists of tensors"),
+    "copies": (copies, "one flat buffer: one to eight copies, kinds of labels"),
+    "ops": (ops, "one flat buffer: the roofline, anchors, sizes, the penalty"),
+    "scaling": (scaling, "time against size, number of tensors, threads"),
+    "train": (train, "a training step of HTA, of SGD, and of the usual script"),
 }
+DESCRIPTION = """\
+Measures, prints a table, and writes a JSON and a picture.
+
+Rounds are interleaved; figures are medians, with half the distance between the
+quartiles; a difference inside that spread is printed as a tie. Every rival is
+checked to do what hta_fused does before it is timed."""
+EXAMPLES = """\
+examples:
+  hta-bench step --quick
+  hta-bench copies --copies 2 4 --proposals SGD --out runs/bench
+  hta-bench report runs/bench"""
+
+
+def parser() -> Parser:
+    result = Parser("hta-bench", usage="hta-bench WHAT [FLAG ...]", description=DESCRIPTION, epilog=EXAMPLES)
+    commands = result.add_subparsers(
+        dest="what", required=True, metavar="WHAT", title="what to measure", prog="hta-bench"
+    )
+    for name, (_, about) in WHAT.items():
+        command = commands.add_parser(name, help=about, description=f"hta-bench {name}: {about}.")
+        if name == "step":
+            _add_names(command, "--models", list(workloads.MODELS))
+        if name == "copies":
+            command.add_argument(
+                "--copies", nargs="+", type=whole_number(1, MAX_COPIES), metavar="M", help="[1 2 3 4 8; --quick: 1 2]"
+            )
+            _add_names(command, "--proposals", list(rivals.PROPOSALS))
+            command.add_argument("--against", type=Path, metavar="CHECKOUT", help="built, of another version")
+        command.add_argument(
+            "--rounds", type=whole_number(2), metavar="ROUNDS", help="interleaved [30; 5 with --quick]"
+        )
+        command.add_argument("--threads", type=threads, metavar="THREADS", default=0, help="0: torch's choice [0]")
+        command.add_argument("--quick", action="store_true", help="tiny sizes: that everything runs")
+        command.add_argument("--out", type=Path, metavar="FOLDER", help="for the JSON and the picture")
+    joiner = commands.add_parser("report", help="join a folder's JSONs into one Markdown page")
+    joiner.add_argument("dir", type=Path, metavar="FOLDER", help="that the other commands wrote to")
+    return result
+
+
+def _add_names(command: Parser, flag: str, names: list[str]) -> None:
+    def name(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"must be among {', '.join(names)}, got {text!r}")
+        return text
+
+    command.add_argument(
+        flag, nargs="+", type=name, default=names, metavar="NAME", help=f"of {', '.join(names)} [all of them]"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """The entry point of `hta-bench`."""
-    parser = argparse.ArgumentParser(
-        "hta-bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for name in WHAT:
-        command = commands.add_parser(name, help=name)
-        command.add_argument("--rounds", type=int, default=None, help="interleaved rounds (default 30; 5 with --quick)")
-        command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-        command.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, in seconds")
-        command.add_argument("--out", type=Path, help="a folder for the JSON and the PNG")
-        if name == "step":
-            known = ", ".join(workloads.MODELS)
-            command.add_argument(
-                "--models", nargs="+", default=list(workloads.MODELS), metavar="NAME", help=f"of {known}"
-            )
-        if name == "copies":
-            command.add_argument(
-                "--copies", nargs="+", type=int, metavar="M", help="how many (default 1 2 3 4 8; 1 2 with --quick)"
-            )
-            known = ", ".join(rivals.PROPOSALS)
-            command.add_argument(
-                "--proposals", nargs="+", default=list(rivals.PROPOSALS), metavar="NAME", help=f"of {known}"
-            )
-            command.add_argument(
-                "--against", type=Path, metavar="CHECKOUT", help="another, built checkout to time beside"
-            )
-    joiner = commands.add_parser("report", help="join a folder's JSONs into one Markdown page")
-    joiner.add_argument("dir", type=Path)
-    options = parser.parse_args(argv)
     argv = sys.argv[1:] if argv is None else argv
+    terminal = parser()
+    options = terminal.parse_args(argv)
     try:
         if options.what == "report":
             page = report(options.dir)
             write_text(options.dir / "report.md", page)
             print(page)
             return
-        options.rounds = options.rounds if options.rounds is not None else 5 if options.quick else 30
-        if options.rounds < 2:
-            raise ValueError(f"--rounds must be at least 2, got {options.rounds}")
-        if options.threads < 0:
-            raise ValueError(f"--threads must not be negative, got {options.threads}")
-        for flag, names in (("models", list(workloads.MODELS)), ("proposals", list(rivals.PROPOSALS))):
-            for name in getattr(options, flag, []):
-                if name not in names:
-                    raise ValueError(f"--{flag} must be among {', '.join(names)}, got {name!r}")
-        for m in getattr(options, "copies", None) or []:
-            if not 1 <= m <= MAX_COPIES:
-                raise ValueError(f"--copies must be from 1 to {MAX_COPIES}, got {m}")
+        if options.out:
+            terminal.need("matplotlib")
+            terminal.check_folder("--out", options.out)
+        options.rounds = options.rounds or (5 if options.quick else 30)
         if options.threads:
             torch.set_num_threads(options.threads)
         machine = measure.machine()
         print(describe(machine) + "\n", flush=True)
         results = []
-        for result in WHAT[options.what](options):
+        for result in WHAT[options.what][0](options):
             results.append(result)
             print(measure.show(result), flush=True)
         if options.out:
@@ -205,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
             write_json(stem.with_suffix(".json"), content)
             draw(options.what, results, stem.with_suffix(".png"), describe(machine))
     except (ValueError, OSError) as error:
-        sys.exit(f"hta-bench: {error}")
+        terminal.fail(error)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ def save_atomically(path: Path, write: Callable[[Path], Any], keep: Path | None 
             os.replace(path, keep)
         os.replace(partial, path)
     except OSError as error:
-        error.filename = str(path)  # that of the file that was wanted
+        if error.errno is not None:  # the system's own
+            error.filename = str(path)  # of the file that was wanted
         raise
     finally:
         partial.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ Prints a table, and a line for each case that was not as it should be.
 """
 
 import argparse
+import contextlib
 import copy
 import errno
 import io
@@ -15,6 +16,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -30,8 +32,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from bad_command_lines import CASES
 
-from hta_fused.train import Settings, Trainer, data
+from hta_fused.train import Settings, Trainer, cli, data
 from hta_fused.train.folder import sealed, unsealed
 
 Case = tuple[str, Callable[[], None]]  # what is tried, and a call that raises AssertionError where it goes wrong
@@ -48,7 +51,7 @@ def silent(_: object) -> None:
 def flags(settings: Settings) -> list[str]:
     """hta-train's flags for the settings that differ from its defaults."""
     changed = {k: v for k, v in vars(settings).items() if v != getattr(Settings(), k)}
-    return [part for k, v in changed.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+    return [part for k, v in changed.items() for part in (cli.FLAGS[k], str(v))]
 
 
 def results(out: Path) -> dict[str, Any]:
@@ -457,6 +460,24 @@ def faults(folder: Path) -> Iterator[Case]:
         yield f"it diverges with {changes}", lambda changes=changes: diverges(**changes)
 
 
+def mistyped(argv: list[str]) -> None:
+    """Whether a bad command line ends in one line, and makes nothing."""
+    said, before = io.StringIO(), Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            with contextlib.redirect_stderr(said):
+                cli.main(argv)
+        except SystemExit as stop:
+            assert stop.code in (1, 2), stop.code
+        else:
+            raise AssertionError("was taken")
+        finally:
+            os.chdir(before)
+        assert not list(Path(folder).iterdir()), "made something"
+    assert re.fullmatch(r"hta-train: .*\n", said.getvalue()), said.getvalue()
+
+
 # ------------------------------------------------------------------------------------------------------------ all of it
 
 
@@ -490,6 +511,7 @@ def main(argv: list[str] | None = None) -> int:
     table.append(("kills", sum(taken for taken, _ in killed), [line for _, wrong in killed for line in wrong]))
     for name, cases in checkpoints(moments, options.quick):
         table.append(tried(name, cases))
+    table.append(tried("bad command lines", [(what, lambda argv=argv: mistyped(argv)) for what, argv in CASES]))
     with tempfile.TemporaryDirectory() as folder:
         table.append(tried("faults of disk, folder, data and training", list(faults(Path(folder)))))
 

@@ -78,11 +78,20 @@ def test_a_line_fits_a_line():
         (["copies", "--proposals", "Lion"], "--proposals must be among SGD, AdamW"),
         (["copies", "--against", "/nowhere"], "/nowhere"),
         (["report", "/nowhere"], "/nowhere holds no results"),
+        (["ops", "--threads", "9999"], "--threads must be at most "),
+        (["ops", "--round", "3"], "unknown flag --round: did you mean --rounds?"),
+        (["ops", "--out", __file__], f"--out {__file__} is a file, not a folder"),
+        (["opps"], "WHAT must be one of step, copies, ops, scaling, train, report, got 'opps'"),
     ],
 )
-def test_nonsense_is_answered_in_a_line(argv, message):
-    with pytest.raises(SystemExit, match=message):
+def test_nonsense_is_answered_in_a_line(argv, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", None)  # 9999 of them would take the machine down
+    with pytest.raises(SystemExit):
         cli.main(argv)
+    error = capsys.readouterr().err
+    assert error.startswith("hta-bench: ")
+    assert error.count("\n") == 1
+    assert message in error
 
 
 def test_another_checkouts_step_is_timed_in_the_same_rounds(tmp_path):

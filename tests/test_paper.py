@@ -1,6 +1,7 @@
 """The paper's experiments: what they find, and what their command leaves."""
 
 import csv
+import os
 
 import numpy as np
 import pytest
@@ -37,6 +38,38 @@ def test_every_command_leaves_a_table_a_csv_and_a_picture(tmp_path, capsys, expe
     if experiment == "figure1":
         assert (tmp_path / "figure1.gif").read_bytes()[:4] == b"GIF8"
         assert float(rows[-1]["L"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "EXPERIMENT is missing"),
+        (["tabel1", "--out", "x"], "EXPERIMENT must be one of table1, figure1, convergence, path, got 'tabel1'"),
+        (["table1"], "--out is missing"),
+        (["table1", "--outt", "x", "--out", "x"], "unknown flag --outt: did you mean --out?"),
+        (["table1", "--out", __file__], f"--out {__file__} is a file, not a folder"),
+        (["table1", "--out", f"{__file__}/x"], f"{__file__} is a file, not a folder"),
+        (["table1", "--out", "/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_nonsense_is_answered_in_a_line_before_any_work(tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(table1, "starts", None)  # whoever begins fails
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code in (1, 2)
+    assert error.startswith("hta-reproduce: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(SystemExit):
+        cli.main(["table1", "--out", str(tmp_path / "new")])
+    assert f"--out {tmp_path / 'new'}: {tmp_path} may not be written to" in capsys.readouterr().err
 
 
 def test_theorem_quantities_fall():

@@ -1,18 +1,12 @@
 """hta-reproduce: the paper's small experiments, each a table in the terminal, a CSV and a picture.
 
-    hta-reproduce table1       hits of the global minimum: quasi-Newton and homotopy, and what the claim rests on
-    hta-reproduce figure1      the surface for n = 2, the tracked paths of θ and η on it, and L falling (GIF)
-    hta-reproduce convergence  theorem 3.2 (logistic regression) and theorem 3.1 (a small network) in numbers
-    hta-reproduce path         a quadratic's path: exact, tracked, and trained by HomotopySGD
-
 Everything is seeded.
 """
 
-import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ..terminal import Parser
 from . import convergence, figure1, quadratic, table1
 
 EXPERIMENTS: dict[str, Callable[[Path, bool], None]] = {
@@ -23,28 +17,41 @@ EXPERIMENTS: dict[str, Callable[[Path, bool], None]] = {
 }
 
 
+HELP = {
+    "table1": "hits of the global minimum: quasi-Newton, homotopy",
+    "figure1": "the paths of θ and η on a surface, and L falling",
+    "convergence": "theorems 3.2 and 3.1 in numbers",
+    "path": "a quadratic's path: exact, tracked, trained",
+}
+EXAMPLES = """\
+examples:
+  hta-reproduce table1 --out runs/table1
+  hta-reproduce figure1 --quick --out runs/figure1"""
+
+
 def main(argv: list[str] | None = None) -> None:
     """The entry point of `hta-reproduce`."""
-    parser = argparse.ArgumentParser(
-        "hta-reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description = (
+        "The paper's small experiments, each a table in the terminal, a CSV and a\npicture. Everything is seeded."
     )
-    names = ", ".join(EXPERIMENTS)
-    parser.add_argument("experiment", choices=EXPERIMENTS, metavar="EXPERIMENT", help=f"one of {names}")
-    parser.add_argument("--out", type=Path, required=True, help="the folder for the CSV and the pictures")
-    parser.add_argument("--quick", action="store_true", help="a few points and steps: shows that everything runs")
-    options = parser.parse_args(argv)
-    try:
-        import matplotlib  # noqa: F401
-        import scipy  # noqa: F401
-        import sklearn  # noqa: F401
-        import tqdm  # noqa: F401
-    except ImportError as error:
-        sys.exit(f"hta-reproduce needs {error.name}: pip install 'hta_fused[train]'")
+    terminal = Parser(
+        "hta-reproduce", usage="hta-reproduce EXPERIMENT --out FOLDER", description=description, epilog=EXAMPLES
+    )
+    experiments = terminal.add_subparsers(
+        dest="experiment", required=True, metavar="EXPERIMENT", title="experiments", prog="hta-reproduce"
+    )
+    for name, about in HELP.items():
+        one = experiments.add_parser(name, help=about, description=f"hta-reproduce {name}: {about}.")
+        one.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="for the CSV and the pictures")
+        one.add_argument("--quick", action="store_true", help="a few points and steps: that everything runs")
+    options = terminal.parse_args(argv)
+    terminal.need("matplotlib", "scipy", "sklearn", "tqdm")
+    terminal.check_folder("--out", options.out)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         EXPERIMENTS[options.experiment](options.out, options.quick)
     except OSError as error:
-        sys.exit(f"hta-reproduce: {error}")
+        terminal.fail(error)
     print(f"{options.out}: " + ", ".join(sorted(p.name for p in options.out.iterdir())))
 
 

@@ -1,9 +1,11 @@
 """A comparison: the list of runs that the settings ask for, worked through one after the other, and their folder."""
 
+import io
 import json
 import math
+import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,12 +92,12 @@ class Trainer:
         self._tensorboard = _tensorboard(self.out)
 
     @classmethod
-    def resume(cls, out: Path, *, data_dir: Path | None = None, download: bool = False, **callbacks: Any) -> "Trainer":
+    def resume(cls, out: Path, changes: Mapping[str, Any] | None = None, **callbacks: Any) -> "Trainer":
         """Goes on with the run in a folder, with the settings and the number of threads that it was begun with.
 
         Args:
             out: the folder.
-            data_dir, download: where the data lies now.
+            changes: settings that are the machine's and not the run's, such as data_dir or device.
             callbacks: `stop`, `progress`, `report`, as above.
 
         Raises:
@@ -108,10 +110,7 @@ class Trainer:
         try:
             settings = folder.load(_settings_of, report)
             _check_record(out / "config.json", settings)
-            changes: dict[str, Any] = {"out": out, "download": download}
-            return cls(
-                replace(settings, **changes, data_dir=data_dir or settings.data_dir), _folder=folder, **callbacks
-            )
+            return cls(replace(settings, **{**(changes or {}), "out": out}), _folder=folder, **callbacks)
         except BaseException:
             folder.close()
             raise
@@ -297,15 +296,32 @@ def _check_record(config: Path, settings: Settings) -> None:
 
 
 def evaluate_file(file: Path, settings: Settings) -> tuple[float, float]:
-    """Loads an exported state_dict into the plain VGG and returns its test loss and accuracy (in %).
+    """Loads an exported state_dict into the plain VGG of the settings and returns its test loss and accuracy (in %).
 
-    The settings of the run that made it are read from config.json beside it, where there is one.
+    Raises:
+        ValueError: the file holds something else; the message names it.
     """
-    config = file.with_name("config.json")
-    if config.exists():
-        settings = replace(Settings.from_json(json.loads(config.read_text())), data_dir=settings.data_dir)
+    wanted = f"a state_dict of {settings.model} at width {settings.width:g}, as a run exports it, is expected"
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder, where {wanted}")
+    content = io.BytesIO(file.read_bytes())
+    try:
+        state = torch.load(content, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, OSError) as error:  # torch.load's
+        raise ValueError(f"{file} is no file that torch.save wrote, where {wanted}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        hint = f" (it is a checkpoint: --resume {file.parent})" if isinstance(state, dict) and "rows" in state else ""
+        raise ValueError(f"{file} holds no state_dict, where {wanted}{hint}")
     model = network(settings)
-    model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    for name, tensor in model.state_dict().items():
+        held = tuple(state[name].shape) if name in state else "missing"
+        if held != tuple(tensor.shape):
+            raise ValueError(f"{file} holds another network: {name} is {held}, not {tuple(tensor.shape)}; {wanted}")
+    for name in state.keys() - model.state_dict().keys():
+        raise ValueError(f"{file} holds another network: {name} is none of its tensors; {wanted}")
+    model.load_state_dict(state)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     images = data.load(settings.dataset, settings.data_dir, settings.download)
     return evaluate(model, batches_of(images, settings, settings.seed), settings)
 

@@ -5,6 +5,7 @@ Imports matplotlib when called, and of the package the settings.
 
 import platform
 import statistics
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -17,18 +18,48 @@ from .settings import Settings
 Row = dict[str, Any]  # an epoch's metrics
 
 
+# An epoch's columns and their widths: 79 in all, for any number of copies.
+COLUMNS = {
+    "epoch": 7, "L": 7, "distance": 8, "copies, %": 12, "test, %": 7, "loss": 8, "lr": 7, "images/s": 8, "skipped": 7
+}  # fmt: skip
+
+
+def heading(label: str, seed: int) -> str:
+    """What stands above a run's lines."""
+    return f"\n{label}, seed {seed}\n" + _line(COLUMNS)
+
+
 def describe(row: Row, epochs: int) -> str:
-    """An epoch in one line."""
-    copies = range(row["copies"])
-    parts = [f"{row['run']} seed {row['seed']} epoch {row['epoch']}/{epochs}"]
-    if row["copies"] == 1:
-        parts.append(f"accuracy {row['test_accuracy']:.2f}%")
-    else:
-        parts.append(f"L {row['L']:.4g}")
-        parts.append("copies " + " ".join(f"{row[f'test_accuracy_{i}']:.2f}%" for i in copies))
-        parts.append(f"mean {row['test_accuracy']:.2f}%  distance {row['distance']:.3g}")
-    parts.append("loss " + " ".join(f"{row[f'train_loss_{i}']:.4f}" for i in copies))
-    return "  ".join([*parts, f"lr {row['lr']:.4g}", f"{row['images_per_second']:.0f} images/s"])
+    """An epoch in one line, below a heading if it is a run's first.
+
+    With several copies, "copies, %" is the range of their accuracies, and "test, %" that of their mean. "skipped" counts
+    the steps that a gradient which is not finite kept from being made; a loss that is not finite shows as nan or inf.
+    """
+    apart = row["copies"] > 1
+    accuracies = [row[f"test_accuracy_{i}"] for i in range(row["copies"])]
+    line = _line(
+        [
+            f"{row['epoch']}/{epochs}",
+            _number(row["L"], 7) if apart else "",
+            _number(row["distance"], 8) if apart else "",
+            f"{min(accuracies):.1f}..{max(accuracies):.1f}" if apart else "",
+            f"{row['test_accuracy']:.2f}",
+            _number(row["train_loss"], 8, ".4f"),
+            _number(row["lr"], 7),
+            f"{row['images_per_second']:.0f}",
+            str(row.get("skipped", 0)),
+        ]
+    )
+    return f"{heading(row['run'], row['seed'])}\n{line}" if row["epoch"] == 1 else line
+
+
+def _line(cells: Iterable[str]) -> str:
+    return " ".join(cell.rjust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True)).rstrip()
+
+
+def _number(value: float, width: int, form: str = ".3g") -> str:
+    text = format(float(value), form)
+    return text if len(text) <= width else f"{float(value):.1e}"
 
 
 def summarise(rows: list[Row], settings: Settings, fingerprint: str) -> dict[str, Any]:
@@ -65,18 +96,21 @@ def summarise(rows: list[Row], settings: Settings, fingerprint: str) -> dict[str
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary for a terminal, as a Markdown table."""
-    lines = [
-        "| run | epochs | work (epochs × copies) | test accuracy, % | test loss | images/s per copy | s per run |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    """The summary for a terminal, as a Markdown table; work is epochs × copies, images/s are of a copy."""
+    rows = [["run", "epochs", "work", "test, %", "loss", "images/s", "s a run"]]
     for label, run in summary["runs"].items():
         spread = "" if run["accuracy_deviation"] is None else f" ± {run['accuracy_deviation']:.2f}"
-        lines.append(
-            f"| {label} | {run['epochs']} | {run['work']} | {run['accuracy_mean']:.2f}{spread} | "
-            f"{run['test_loss_mean']:.4f} | {run['images_per_second']:.0f} | {run['seconds']:.0f} |"
-        )
-    return "\n".join(lines)
+        accuracy, loss = f"{run['accuracy_mean']:.2f}{spread}", _number(run["test_loss_mean"], 8, ".4f")
+        numbers = [accuracy, loss, f"{run['images_per_second']:.0f}", f"{run['seconds']:.0f}"]
+        rows.append([label, str(run["epochs"]), str(run["work"]), *numbers])
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+
+    def line(cells: list[str]) -> str:
+        first, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return "| " + " | ".join([cells[0].ljust(len(first)), *others]) + " |"
+
+    return "\n".join(line(row) for row in rows)
 
 
 def curves(rows: list[Row], path: Path) -> None:

@@ -1,12 +1,14 @@
 """What is trained and how: every flag of hta-train, the recipes, and what follows from them (schedules, dtypes, device).
 
-Knows nothing of networks. Imports schedule.py, and the ops' limit on copies.
+Knows nothing of networks and of the machine. Imports schedule.py, and the ops' limit on copies.
 """
 
 import math
-from dataclasses import asdict, dataclass
+import os
+import re
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -14,6 +16,12 @@ from .. import schedule as L_schedules
 from ..ops import MAX_COPIES
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST = 10**6  # epochs, images in a batch, ...: beyond it a number is a slip of the keyboard
+
+
+def flag(default: Any, group: str, metavar: str, help: str) -> Any:
+    """A setting, with what hta-train's help says of it beside its choices and its default."""
+    return field(default=default, metadata={"group": group, "metavar": metavar, "help": help})
 
 
 @dataclass(frozen=True)
@@ -22,107 +30,104 @@ class Settings:
 
     HTA trains coupled copies while L falls, then merges them and goes on with one. Two copies cost twice the work, so
     `compare` sets it beside SGD at equal epochs and SGD at equal work.
+
+    Raises:
+        ValueError: a setting that makes no sense; the message begins with its name.
     """
 
-    method: Literal["hta", "sgd", "compare"] = "compare"
-    """What to train: HTA, SGD, or HTA beside SGD at equal epochs and SGD at equal work."""
-    recipe: Literal["none", "paper"] = "none"
-    """"paper" makes the paper's CIFAR-10 recipe the default of every other flag."""
+    method: Literal["hta", "sgd", "compare"] = flag("compare", "method", "METHOD", "what to train")
+    recipe: Literal["none", "paper"] = flag("none", "method", "RECIPE", "all other flags' defaults")
 
-    model: Literal["vgg11", "vgg13", "vgg16", "vgg19"] = "vgg11"
-    """The network."""
-    batch_norm: bool = True
-    """A batch norm after each convolution."""
-    width: float = 0.25
-    """Factor on the number of channels; 1 is the full network."""
+    model: Literal["vgg11", "vgg13", "vgg16", "vgg19"] = flag("vgg11", "network", "MODEL", "the network")
+    batch_norm: bool = flag(True, "network", "", "a batch norm after each convolution")
+    width: float = flag(0.25, "network", "FACTOR", "on the number of channels; 1: all")
 
-    dataset: Literal["digits", "cifar10", "synthetic"] = "digits"
-    """digits: scikit-learn's 1,797 scanned digits. cifar10: see data_dir. synthetic: made on the spot."""
-    data_dir: Path = Path("data")
-    """Where CIFAR-10 lies, as an official archive or unpacked (binary or Python layout)."""
-    download: bool = False
-    """Fetch CIFAR-10 into data_dir if it is not there."""
+    dataset: Literal["digits", "cifar10", "synthetic"] = flag("digits", "data", "DATASET", "the images")
+    data_dir: Path = flag(Path("data"), "data", "FOLDER", "where CIFAR-10 lies, packed or not")  # noqa: RUF009
+    download: bool = flag(False, "data", "", "fetch CIFAR-10 if it is not there")
 
-    copies: int = 2
-    """How many networks HTA trains while L falls."""
-    batches: Literal["shared", "own"] = "shared"
-    """Whether all copies see the same batch, or each its own: every epoch all images in an order of its own."""
+    copies: int = flag(2, "homotopy", "COPIES", "networks that HTA trains while L falls")
+    batches: Literal["shared", "own"] = flag("shared", "homotopy", "WHOSE", "one for all copies or one each")
     partition: Literal[
         "conv_blocks", "layer_blocks", "random", "random_units", "hashed", "conv_halves", "layer_halves"
-    ] = "conv_blocks"
-    """Which elements are in which of as many blocks as there are copies; each copy is free on one and anchored on the
-    others. hashed: random, and drawn anew each epoch."""
-    part: Literal["all", "conv", "classifier"] = "all"
-    """The part of the network that the partition covers."""
-    anchor: Literal["init", "zero", "random"] = "init"
-    """The point θ̃ that the blocks are pulled to."""
-    start: Literal["copy", "independent"] = "copy"
-    """Whether all copies start equal or from initialisations of their own."""
-    mode: Literal["implicit", "explicit"] = "implicit"
-    """How the quadratic terms are stepped: by their proximal map (stable) or the paper's equation (7)."""
+    ] = flag(
+        "conv_blocks",
+        "homotopy",
+        "PARTITION",
+        "elements to blocks, as many as copies; a copy is free on one and anchored on the others",
+    )
+    part: Literal["all", "conv", "classifier"] = flag("all", "homotopy", "PART", "what is partitioned")
+    anchor: Literal["init", "zero", "random"] = flag("init", "homotopy", "ANCHOR", "where blocks are pulled")
+    start: Literal["copy", "independent"] = flag("copy", "homotopy", "START", "copies start equal or not")
+    mode: Literal["implicit", "explicit"] = flag("implicit", "homotopy", "MODE", "of the coupling's step")
+    schedule: Literal["linear", "geometric", "constant"] = flag("linear", "homotopy", "SCHEDULE", "how L falls")
+    L_start: float = flag(0.01, "homotopy", "L", "the first L")
+    L_stop: float = flag(0.005, "homotopy", "L", "the last L before the merge")
+    L_step: float = flag(0.001, "homotopy", "STEP", "linear: L - STEP; geometric: L * (1 - STEP)")
+    epochs_per_L: int = flag(1, "homotopy", "EPOCHS", "at each value of L")
+    decoupled: int = flag(0, "homotopy", "EPOCHS", "at L = inf before the schedule")
 
-    schedule: Literal["linear", "geometric", "constant"] = "linear"
-    """How L falls from L_start to L_stop."""
-    L_start: float = 0.01
-    """The first L."""
-    L_stop: float = 0.005
-    """The last L before the copies are merged."""
-    L_step: float = 0.001
-    """What linear takes off each time; geometric multiplies by 1 - L_step."""
-    epochs_per_L: int = 1
-    """Epochs at each value of L."""
-    decoupled: int = 0
-    """Epochs at L = ∞ before the schedule."""
+    epochs: int = flag(15, "optimisation", "EPOCHS", "in all, those before the merge too")
+    lr: float = flag(0.05, "optimisation", "LR", "the (highest) learning rate")
+    lr_schedule: Literal["constant", "halve", "cosine", "one-cycle"] = flag(
+        "cosine", "optimisation", "SCHEDULE", "LR falls"
+    )
+    halve_every: int = flag(30, "optimisation", "EPOCHS", "between two halvings")
+    momentum: float = flag(0.9, "optimisation", "MOMENTUM", "SGD's momentum")
+    weight_decay: float = flag(5e-4, "optimisation", "DECAY", "SGD's weight decay")
+    batch_size: int = flag(64, "optimisation", "IMAGES", "in a batch, of every copy")
+    seed: int = flag(0, "optimisation", "SEED", "of weights, order, crops, dropout")
+    seeds: int = flag(1, "optimisation", "SEEDS", "runs of everything, from --seed on")
 
-    epochs: int = 15
-    """Epochs over the training set, those before the merge included."""
-    lr: float = 0.05
-    """The (highest) learning rate."""
-    lr_schedule: Literal["constant", "halve", "cosine", "one-cycle"] = "cosine"
-    """How the learning rate falls."""
-    halve_every: int = 30
-    """Epochs between two halvings."""
-    momentum: float = 0.9
-    """SGD's momentum."""
-    weight_decay: float = 5e-4
-    """SGD's weight decay."""
-    batch_size: int = 64
-    """Images in a batch, of every copy."""
+    precision: Literal["fp32", "bf16", "fp16"] = flag("fp32", "machine", "DTYPE", "of autocast")
+    channels_last: bool = flag(False, "machine", "", "images and kernels in that order")
+    device: str = flag("auto", "machine", "DEVICE", "auto, cpu, cuda or cuda:N")
+    graph: bool = flag(True, "machine", "", "capture a GPU's step in a CUDA graph")
+    threads: int = flag(0, "machine", "THREADS", "on the CPU; 0: torch's choice")
 
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16, fp16: forward and backward under autocast, on float32 parameters; fp16 with a scaled loss. On a GPU HTA's
-    step writes the copy of the parameters that the next forward uses."""
-    channels_last: bool = False
-    """Keep images and kernels in channels-last order."""
-    device: str = "auto"
-    """"cpu", "cuda", or "auto"."""
-    graph: bool = True
-    """On a GPU, capture the training step in a CUDA graph."""
-    threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
-    seed: int = 0
-    """Of the initialisation, the order of the images, and dropout."""
-    seeds: int = 1
-    """Run everything for this many seeds, from `seed` on."""
-    out: Path | None = None
-    """The folder for results; by default a new one under runs/."""
+    out: Path | None = flag(None, "output", "FOLDER", "for results; by default a new one in runs/")  # noqa: RUF009
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "seeds", "halve_every", "epochs_per_L", "copies"):
+        for name, hint in HINTS.items():
+            object.__setattr__(self, name, _of_type(name, hint, getattr(self, name)))
+        counts = ("epochs", "batch_size", "seeds", "halve_every", "epochs_per_L", "copies")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("decoupled", "threads", "momentum", "weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.copies > MAX_COPIES:
-            raise ValueError(f"copies must be at most {MAX_COPIES}, got {self.copies}")
-        if not self.momentum < 1:
-            raise ValueError(f"momentum must be under 1, got {self.momentum}")
-        for name in ("lr", "width"):
+        for name in ("decoupled", "threads", "momentum", "weight_decay", "seed", "L_start", "L_stop"):
+            if not 0 <= getattr(self, name) < math.inf:
+                wanted = "not be negative" if getattr(self, name) < 0 else "be finite"
+                raise ValueError(f"{name} must {wanted}, got {getattr(self, name)}")
+        for name in ("lr", "width", "L_step"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        limits = {"copies": MAX_COPIES, "seed": 2**32 - 1, "width": 10**12}
+        for name, most in ({name: MOST for name in (*counts, "decoupled")} | limits).items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+        if not self.momentum < 1:
+            raise ValueError(f"momentum must be under 1, got {self.momentum}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        values = 1.0  # before any of them is made: there may be no end to them
+        if self.schedule != "constant" and self.L_start < self.L_stop:
+            raise ValueError(f"L_start must be at least L_stop, {self.L_stop}, got {self.L_start}")
+        if self.schedule == "linear":
+            values += (self.L_start - self.L_stop) / self.L_step
+        elif self.schedule == "geometric":
+            if not self.L_stop > 0:
+                raise ValueError(f"L_stop must be positive where the schedule is geometric, got {self.L_stop}")
+            if not 0 < 1 - self.L_step < 1:
+                raise ValueError(f"L_step must be between 0 and 1 where the schedule is geometric, got {self.L_step}")
+            values += math.log(self.L_stop / self.L_start) / math.log(1 - self.L_step)
+        if values * self.epochs_per_L > MOST:
+            raise ValueError(f"L_step must leave at most {MOST} epochs before the merge, got {self.L_step}")
         if self.method != "sgd" and self.L_schedule.epochs > self.epochs:
-            raise ValueError(f"epochs is {self.epochs}, but the schedule of L takes {self.L_schedule.epochs}")
+            least = self.L_schedule.epochs
+            raise ValueError(f"epochs must be at least {least}, which the schedule of L takes, got {self.epochs}")
 
     @property
     def L_schedule(self) -> L_schedules.Schedule:
@@ -175,9 +180,33 @@ class Settings:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Settings":
         """The inverse of `to_json`."""
-        paths = {k: Path(values[k]) for k in ("data_dir", "out") if values.get(k)}
-        return cls(**{**values, **paths})
+        unknown = [name for name in values if name not in HINTS]
+        if unknown:
+            raise ValueError(f"{unknown[0]} is no setting of this version")
+        return cls(**values)
 
+
+def _of_type(name: str, hint: Any, value: Any) -> Any:
+    """The value, as its field holds it."""
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        wanted = f"one of {', '.join(get_args(hint))}"
+    elif hint in (Path, Path | None):
+        if value is None and hint is not Path:
+            return None
+        if isinstance(value, str | os.PathLike) and str(value) and "\0" not in str(value):
+            return Path(value)
+        wanted = "a path"
+    else:
+        kinds: tuple[type, ...] = (int, float) if hint is float else (hint,)
+        if isinstance(value, kinds) and (hint is bool or not isinstance(value, bool)):
+            return value
+        wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}[hint]
+    raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+HINTS: dict[str, Any] = get_type_hints(Settings)  # each field's type
 
 # Table 2's networks: batch norm, lr 0.05 halved every 30 of 300 epochs; L = 0.01 … 0.005, four epochs each.
 PAPER = Settings(

@@ -65,3 +65,14 @@ class VGG(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.features(images).flatten(1))
+
+
+def parameter_count(name: str, batch_norm: bool, width: float, classes: int = 10) -> int:
+    """The parameters of a VGG, without making it."""
+    count, channels = 0, 3
+    for entry in CONFIGURATIONS[name]:
+        if not isinstance(entry, str):
+            out = max(1, round(entry * width))
+            count += out * (9 * channels + 1 + 2 * batch_norm)
+            channels = out
+    return count + 2 * channels * (channels + 1) + classes * (channels + 1)

@@ -1,0 +1,119 @@
+"""What the commands share: help that fits a terminal, errors in one line, checks that come before the work.
+
+Imports nothing of the package.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+FAILURE, USAGE = 1, 2  # exit statuses: something went wrong; the command line asks for what there is not
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **options: Any):
+        width = min(80, shutil.get_terminal_size().columns)
+        super().__init__(prog, max_help_position=34, width=width, **options)
+
+    def format_help(self) -> str:
+        self._action_max_length += 2  # argparse forgets that commands are indented further
+        return super().format_help()
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in one line that name flags as they are typed, and suggest one for a flag unknown."""
+
+    def __init__(self, prog: str | None = None, **options: Any):
+        super().__init__(prog, allow_abbrev=False, formatter_class=_Help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """A usage error, argparse's own among them."""
+        if message.startswith("unrecognized arguments: "):
+            message = self._unknown(message.split()[2].split("=")[0])
+        for pattern, text in _IN_OUR_WORDS.items():
+            message = re.sub(pattern, text, message)
+        self.fail(message, USAGE)
+
+    def _unknown(self, word: str) -> str:
+        flags = {flag.lower(): flag for flag in self._flags()}
+        like = difflib.get_close_matches(word.lower().replace("_", "-"), flags, 1)
+        kind = "flag" if word.startswith("-") else "argument"
+        return f"unknown {kind} {word}: " + (f"did you mean {flags[like[0]]}?" if like else "see --help")
+
+    def _flags(self) -> list[str]:
+        own = [flag for action in self._actions for flag in action.option_strings]
+        commands = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        return own + [flag for choices in commands for parser in choices.values() for flag in parser._flags()]
+
+    def fail(self, what: object, status: int = FAILURE) -> NoReturn:
+        """Ends the command with one line."""
+        self.say(what)
+        raise SystemExit(status)
+
+    def say(self, what: object) -> None:
+        """One line on stderr, under the command's name."""
+        if isinstance(what, OSError) and what.strerror:
+            what = f"{what.filename}: {what.strerror}" if what.filename else what.strerror
+        print(f"{self.prog.split()[0]}: {' '.join(str(what).split())}", file=sys.stderr, flush=True)
+
+    def need(self, *modules: str) -> None:
+        """Refuses to begin where what the command imports later is not installed."""
+        for module in modules:
+            if importlib.util.find_spec(module) is None:
+                self.fail(f"{module} is not installed: pip install 'hta_fused[train]'")
+
+    def check_folder(self, flag: str, folder: Path, written: bool = True) -> None:
+        """Refuses what cannot be a folder (to write to). Makes nothing."""
+        place = folder
+        try:
+            while not place.exists() and place != place.parent:
+                place = place.parent
+        except OSError as error:  # a name too long
+            self.fail(f"{flag}: {error.strerror}: {folder}")
+        where = f"{flag} {folder}" if place == folder else f"{flag} {folder}: {place}"
+        if not place.is_dir():
+            self.error(f"{where} is a file, not a folder")
+        if written and not os.access(place, os.W_OK | os.X_OK):
+            self.fail(f"{where} may not be written to")
+
+
+# argparse's errors.
+_IN_OUR_WORDS: dict[str, Any] = {
+    r"^argument (\S+?)(/\S+)?: ": r"\1 ",
+    r"invalid choice: (.*) \(choose from (.*)\)": lambda m: f"must be one of {m[2].replace(chr(39), '')}, got {m[1]}",
+    r"the following arguments are required: (.*)": r"\1 is missing",
+    "expected one argument": "takes a value, and has none",
+    "ignored explicit argument": "takes no value, got",
+    "not allowed with argument": "cannot go with",
+}
+
+
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A `type` for whole numbers from low (to high)."""
+
+    def convert(text: str) -> int:
+        wanted = f"at least {low}" if high is None else f"from {low} to {high}"
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if number < low or (high is not None and number > high):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {number}")
+        return number
+
+    return convert
+
+
+def threads(text: str) -> int:
+    """A `type` for a number of CPU threads; 0 leaves torch's choice."""
+    number, cores = whole_number(0)(text), os.cpu_count() or 1
+    if number > cores:
+        raise argparse.ArgumentTypeError(f"must be at most {cores}, this machine's cores, got {number}")
+    return number
