@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 
 from .checks import flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy
@@ -519,7 +520,7 @@ def homotopy_penalty(
         TypeError: dtypes differ or are not floating, or an argument is no tensor.
     """
     arguments = _penalty_arguments(theta, eta, anchor, labels, L)
-    if torch.compiler.is_compiling():  # where the op's own registration serves, which knows no forward mode and no vmap
+    if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():  # where the op's own registration serves, which knows no forward mode and no vmap
         return kernels(theta).penalty([theta.view(-1), eta.view(-1)], *arguments)[0]
     return _Penalty.apply(theta.view(-1), eta.view(-1), *arguments)[0]
 
@@ -535,7 +536,7 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(output[1], *inputs[3:])
-        ctx.save_for_forward(output[1], *inputs[3:])
+        ctx.save_for_forward(*inputs)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -549,10 +550,12 @@ class _Penalty(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        grads, *pattern = ctx.saved_tensors
-        along = [torch.zeros_like(g) if t is None else t for t, g in zip(tangents[:2], grads, strict=True)]
-        value = sum((t * g).sum() for t, g in zip(along, grads, strict=True))
-        return value, _Penalty.apply(*(t.contiguous() for t in along), None, *pattern)[1]
+        with _set_fwd_grad_enabled(True):  # torch turns it off here, and would drop the tangents of an outer level
+            theta, eta, anchor, *pattern = [None if t is None else unpack_dual(t).primal for t in ctx.saved_tensors]
+            grads = _Penalty.apply(theta, eta, anchor, *pattern)[1]
+            along = [torch.zeros_like(g) if t is None else t.contiguous() for t, g in zip(tangents[:2], grads, strict=True)]
+            value = sum((t * g).sum() for t, g in zip(along, grads, strict=True))
+            return value, _Penalty.apply(*along, None, *pattern)[1]
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
