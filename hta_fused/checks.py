@@ -40,7 +40,7 @@ def whole(name: str, value: Any, low: int, high: int, what: str = "a whole numbe
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be {what}, got {shown(value)}")
-    if not low <= value <= high:
+    if not low <= int(value) <= high:
         limits = f"from {low} to {high}" if high < 2**31 else f"at least {low}" if low > -(2**31) else "in 64 bits"
         raise ValueError(f"{name} must be {what} {limits}, got {value}"[:300])
     return int(value)

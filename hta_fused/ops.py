@@ -4,6 +4,8 @@ or optimizers."""
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from operator import itemgetter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,9 +92,7 @@ def _rules(proposal: Proposal, coupling: Coupling, copies: int, step: int, dtype
 
 
 # What depends on values is checked at run time under torch.compile too: the step reads the rules that this returns.
-library.define(
-    "checked(Tensor rules, Tensor? labels, int copies) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+library.define("checked(Tensor rules, Tensor? labels, int copies) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.register_fake("hta_fused::checked", lib=library)
@@ -176,7 +176,7 @@ def _pattern(
 
 def _concrete(tensor: Tensor) -> bool:
     """Whether a tensor has values that Python may look at: neither the compiler's nor a fake one."""
-    return not (torch.compiler.is_compiling() or hasattr(tensor, "fake_mode"))
+    return not (torch.compiler.is_compiling() or hasattr(tensor, "fake_mode") or tensor.is_meta)
 
 
 def _check_labels(labels: Tensor, copies: int) -> None:
@@ -223,28 +223,29 @@ def _as_stats(stats: Tensor | None, first: Tensor) -> Tensor:
     return stats
 
 
-def _check_apart(written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequence[Tensor | None]]) -> None:
-    """Raises where a contiguous tensor that is written shares memory with another."""
-    spans = []
-    for rows_by_name, writes in ((written, True), (read, False)):
-        for name, rows in rows_by_name.items():
-            for j, row in enumerate(rows):
-                if row is not None and (start := row.data_ptr()):
-                    spans.append((start, start + row.nbytes, writes, name, j))
-    spans.sort()
-    end, last, end_written, last_written = 0, spans[:1], 0, spans[:1]
+def _check_apart(written: Mapping[str, Any], read: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Raises where a contiguous tensor that is written shares memory with another. Both: lists of tensors by name;
+    names: what the user calls them."""
+    spans = [
+        (row.data_ptr(), row.data_ptr() + row.nbytes, writes, name, j if len(rows) > 1 else None)
+        for rows_by_name, writes in ((written, True), (read, False))
+        for name, rows in rows_by_name.items()
+        for j, row in enumerate(rows)
+        if row is not None
+    ]
+    spans.sort(key=itemgetter(0, 1))
+    far: tuple[Any, ...] = (0, 0, False, "", None)
+    far_written = far  # the spans that reach furthest so far
     for span in spans:
-        start, stop, writes, _, _ = span
-        if start < (end if writes else end_written) and stop > start:
-            first, second = (
-                f"{name}[{j}]" if len((written | read)[name]) > 1 else name
-                for _, _, _, name, j in (*(last if writes else last_written), span)
-            )
-            raise ValueError(f"{second} must not share memory with {first}: one of them is written")
-        if stop > end:
-            end, last = stop, [span]
-        if writes and stop > end_written:
-            end_written, last_written = stop, [span]
+        other = far if span[2] else far_written
+        if span[0] < min(other[1], span[1]):
+            first, second = (name if j is None else f"{name}[{j}]" for *_, name, j in (other, span))
+            first, second = names.get(first, first), names.get(second, second)
+            raise ValueError(f"{second} must not share memory with {first}, as one of them is written")
+        if span[1] > far[1]:
+            far = span
+        if span[2] and span[1] > far_written[1]:
+            far_written = span
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,7 +390,7 @@ def _as_states(proposal: Proposal, states: Any, copies: list[Tensor]) -> dict[st
 
 
 def _run(written: dict[str, list[Tensor]], g, anchor, labels, rules, kernel, explicit, moves_anchor, grad_scale, found_inf,
-         skip_nonfinite, stats) -> None:  # fmt: skip
+         skip_nonfinite, stats, names: Mapping[str, str] = MappingProxyType({})) -> None:  # fmt: skip
     """The step op over checked tensors of any shape; `written`: the copies, each of the states, and low by their names."""
     x, *states, low = written.values()
     first = x[0]
@@ -400,7 +401,7 @@ def _run(written: dict[str, list[Tensor]], g, anchor, labels, rules, kernel, exp
     if _concrete(first):
         read = {"grads": g, "labels": [bytes_], "grad_scale": [scale], "found_inf": [found]}
         (written if moves_anchor else read)["anchor"] = [anchor]
-        _check_apart({**written, "stats": [stats]}, read)
+        _check_apart({**written, "stats": [stats]}, read, names)
     else:
         rules = torch.ops.hta_fused.checked(rules, bytes_ if codes is None else None, len(x))
     flat_anchor = None if anchor is None else anchor.detach().view(-1)
@@ -410,6 +411,13 @@ def _run(written: dict[str, list[Tensor]], g, anchor, labels, rules, kernel, exp
             codes, bytes_, seed, rules.to(first.device), scale, found, stats, kernel,
             explicit, skip_nonfinite, reference.PROPOSE | reference.SHARE,
         )  # fmt: skip
+
+
+_OF_A_PAIR = {"copies[0]": "theta", "copies[1]": "eta"} | {
+    f"{name}[{j}]": f"{word}_{copy}"
+    for name, word in (("grads", "grad"), ("momentum", "momentum"), ("low", "low"))
+    for j, copy in enumerate(("theta", "eta"))
+}
 
 
 def homotopy_step_(
@@ -492,11 +500,10 @@ def homotopy_step_(
     rules = _homotopy_rules(
         number("L", L), lr, momentum, weight_decay, nesterov, explicit, 2, reference.arithmetic(theta.dtype)
     )
-    written = {"copies": [theta, eta], "low": lows}
-    if momentum:  # without it left alone, as torch.optim.SGD
-        written = {"copies": [theta, eta], "momentum": [buffer for _, buffer in momenta if buffer is not None], "low": lows}
+    states = {"momentum": [v for _, v in momenta]} if momentum else {}  # without it left alone, as torch.optim.SGD
+    written: dict[str, Any] = {"copies": [theta, eta], **states, "low": lows}
     _run(written, [grad_theta, grad_eta], anchor, labels, rules, SGD.kernel, explicit, False, grad_scale, found_inf,
-         skip_nonfinite, stats)  # fmt: skip
+         skip_nonfinite, stats, _OF_A_PAIR)  # fmt: skip
 
 
 def homotopy_penalty(
@@ -520,7 +527,9 @@ def homotopy_penalty(
         TypeError: dtypes differ or are not floating, or an argument is no tensor.
     """
     arguments = _penalty_arguments(theta, eta, anchor, labels, L)
-    if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():  # where the op's own registration serves, which knows no forward mode and no vmap
+    if (
+        torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    ):  # where the op's own registration serves, which knows no forward mode and no vmap
         return kernels(theta).penalty([theta.view(-1), eta.view(-1)], *arguments)[0]
     return _Penalty.apply(theta.view(-1), eta.view(-1), *arguments)[0]
 
@@ -553,7 +562,9 @@ class _Penalty(torch.autograd.Function):
         with _set_fwd_grad_enabled(True):  # torch turns it off here, and would drop the tangents of an outer level
             theta, eta, anchor, *pattern = [None if t is None else unpack_dual(t).primal for t in ctx.saved_tensors]
             grads = _Penalty.apply(theta, eta, anchor, *pattern)[1]
-            along = [torch.zeros_like(g) if t is None else t.contiguous() for t, g in zip(tangents[:2], grads, strict=True)]
+            along = [
+                torch.zeros_like(g) if t is None else t.contiguous() for t, g in zip(tangents[:2], grads, strict=True)
+            ]
             value = sum((t * g).sum() for t, g in zip(along, grads, strict=True))
             return value, _Penalty.apply(*along, None, *pattern)[1]
 
@@ -561,7 +572,9 @@ class _Penalty(torch.autograd.Function):
     def vmap(info, in_dims, *inputs):
         """One pass of the kernel for each member of the batch: its value is one sum over all that it is given."""
         results = [
-            _Penalty.apply(*(t if d is None else t.select(d, b).contiguous() for t, d in zip(inputs, in_dims, strict=True)))
+            _Penalty.apply(
+                *(t if d is None else t.select(d, b).contiguous() for t, d in zip(inputs, in_dims, strict=True))
+            )
             for b in range(info.batch_size)
         ]
         return tuple(map(torch.stack, zip(*results, strict=True))), (0, 0)
@@ -590,7 +603,7 @@ def homotopy_penalty_accumulate_(
         _check_like(name, grad, theta)
     if _concrete(theta):
         read = {"theta": [theta], "eta": [eta], "anchor": [anchor], "labels": [arguments[2]]}
-        _check_apart({"grad_theta": [grad_theta], "grad_eta": [grad_eta]}, read)
+        _check_apart({"grad_theta": [grad_theta], "grad_eta": [grad_eta]}, read, {})
     with torch.no_grad():
         return kernels(theta).penalty_accumulate_(_flat([grad_theta, grad_eta]), _flat([theta, eta]), *arguments)
 
