@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from . import couplings
 from .checks import flag, number, shown, whole
@@ -86,6 +87,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
         self._step_tensor = torch.zeros((), dtype=torch.float32, device="cpu")  # the same, as torch's AdamW shows it
         self._known: Any = None  # what the rules on the device were made from
         self._planned: Tensor | None = None
+        self._made: list[tuple[Proposal, Coupling]] = []  # of each group, as the rules were made of
         self._warned = False
         self._index_of = {
             id(p): i for i, p in enumerate(replicas.parameters[0])
@@ -156,6 +158,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
         held = sum(len(group["params"]) for group in self.param_groups)
         self._complete = held == len(self.replicas) * len(self.replicas.layout.names)
 
+    @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all copies.
 
@@ -235,14 +238,15 @@ class CoupledOptimizer(torch.optim.Optimizer):
         known = (settings, step if self._moves_with_steps() else None)
         if known == self._known:
             return
-        values = self._values_at(step)
         changed = self._known is None or settings != self._known[0]
+        made = [self._made_of(group) for group in self.param_groups] if changed else self._made
+        values = self._values_of(made, step)
         if changed and (self._buffer_names(), self._kind()) != (self._needed, (self._explicit, self._moves_anchor)):
             self._make_buffers()  # a momentum that was 0, another mode, an average that got a pull
         if self.rules.is_cuda:
             values = values.pin_memory()  # so that the copy waits for nothing
         self.rules.copy_(values, non_blocking=True)
-        self._known = known
+        self._known, self._made = known, made
         self._warn_if_unstable()
 
     def plan(self, lrs: Sequence[float], start: int = 0) -> None:
@@ -468,11 +472,14 @@ class CoupledOptimizer(torch.optim.Optimizer):
 
     def _values_at(self, step: int, **changed: Any) -> Tensor:
         """The rules of every group at a step, in the kernels' arithmetic, on the CPU."""
-        return torch.stack([self._rules_of(g, step, **changed) for g in self.param_groups])
+        return self._values_of([self._made_of(group, **changed) for group in self.param_groups], step)
 
-    def _rules_of(self, group: Mapping[str, Any], step: int, **changed: Any) -> Tensor:
-        proposal, coupling = self._proposal_of(group, **changed), self._coupling_of(group, **changed)
-        return rules_of(proposal, coupling, self._coupled(), step, self.rules.dtype)
+    def _values_of(self, made: list[tuple[Proposal, Coupling]], step: int) -> Tensor:
+        copies, dtype = self._coupled(), self.rules.dtype
+        return torch.stack([rules_of(proposal, coupling, copies, step, dtype) for proposal, coupling in made])
+
+    def _made_of(self, group: Mapping[str, Any], **changed: Any) -> tuple[Proposal, Coupling]:
+        return self._proposal_of(group, **changed), self._coupling_of(group, **changed)
 
     def _coupled(self) -> int:
         """How many copies one call of the kernel couples."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim.swa_utils import update_bn
 
 from .checks import shown, whole
@@ -184,6 +185,7 @@ class Replicas:
         losses = [fn(net, *args) for net, args in zip(self.copies, self._arguments(batches), strict=True)]
         return torch.stack(losses).sum()
 
+    @_disable_dynamo(recursive=False)  # a graph ends at backward() anyhow; the copies' passes are compiled
     def backward(
         self,
         fn: Callable[..., Tensor],
@@ -222,6 +224,7 @@ class Replicas:
                 main.wait_stream(stream)
         return tuple(losses)
 
+    @_disable_dynamo
     def zero_grad(self) -> None:
         """Zeroes the flat gradient buffer, and makes it the parameters' `.grad` again where something else was."""
         self.grads.zero_()
