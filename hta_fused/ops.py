@@ -40,7 +40,7 @@ def rules_of(
     """
     numbers = torch.tensor(proposal.numbers(step), dtype=torch.float64, device="cpu")
     rules = torch.cat([numbers, coupling.rules(copies, proposal.step_size, step).flatten()])
-    if not torch.compiler.is_compiling():  # `checked` does it there
+    if _concrete(rules):  # else `checked` does it
         _check_size(rules, dtype, f"{proposal} and {coupling}")
     return rules.to(dtype)
 
@@ -77,17 +77,17 @@ library.impl("sgd_rules", _sgd_rules, "CompositeExplicitAutograd")
 _cached_sgd_rules = lru_cache(maxsize=64)(_sgd_rules)
 
 
-def _homotopy_rules(*settings: Any) -> Tensor:
-    return (torch.ops.hta_fused.sgd_rules if torch.compiler.is_compiling() else _cached_sgd_rules)(*settings)
+def _homotopy_rules(like: Tensor, *settings: Any) -> Tensor:
+    return (_cached_sgd_rules if _concrete(like) else torch.ops.hta_fused.sgd_rules)(*settings)
 
 
 _cached_rules = lru_cache(maxsize=64)(rules_of)
 
 
-def _rules(proposal: Proposal, coupling: Coupling, copies: int, step: int, dtype: torch.dtype) -> Tensor:
+def _rules(like: Tensor, proposal: Proposal, coupling: Coupling, copies: int, step: int, dtype: torch.dtype) -> Tensor:
     if isinstance(proposal.lr, Tensor):
         proposal = replace(proposal, lr=float(proposal.lr))
-    make = rules_of if torch.compiler.is_compiling() else _cached_rules  # the compiler warns of caches
+    make = _cached_rules if _concrete(like) else rules_of  # the compiler warns of caches; a fake one must not stay
     return make(proposal, coupling, copies, step, dtype)[None]
 
 
@@ -129,7 +129,7 @@ def _check_like(
         raise ValueError(f"{name} is on {tensor.device}, but {first_name} is on {first.device}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}")
-    if not tensor.is_contiguous():
+    if not tensor.is_contiguous() and not torch._C._are_functorch_transforms_active():  # vmap's strides are none
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
 
 
@@ -176,7 +176,12 @@ def _pattern(
 
 def _concrete(tensor: Tensor) -> bool:
     """Whether a tensor has values that Python may look at: neither the compiler's nor a fake one."""
-    return not (torch.compiler.is_compiling() or hasattr(tensor, "fake_mode") or tensor.is_meta)
+    return not (torch.compiler.is_compiling() or hasattr(tensor, "fake_mode") or tensor.is_meta or fakes())
+
+
+def fakes() -> bool:
+    """Whether a FakeTensorMode is on."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def _check_labels(labels: Tensor, copies: int) -> None:
@@ -355,7 +360,7 @@ def coupled_step_(
     if coupling.buffers:
         raise ValueError("coupling must not be Parle, whose points an optimizer keeps: see CoupledOptimizer")
     step = whole("step", step, 1, 2**63 - 1)
-    rules = _rules(proposal, coupling, m, step, reference.arithmetic(first.dtype))
+    rules = _rules(first, proposal, coupling, m, step, reference.arithmetic(first.dtype))
     _run({"copies": x, **buffers, "low": lows}, g, anchor, labels, rules, proposal.kernel, coupling.explicit,
          coupling.moves_anchor, grad_scale, found_inf, skip_nonfinite, stats)  # fmt: skip
 
@@ -498,7 +503,7 @@ def homotopy_step_(
         raise ValueError("L must be given")
     explicit = mode == "explicit"
     rules = _homotopy_rules(
-        number("L", L), lr, momentum, weight_decay, nesterov, explicit, 2, reference.arithmetic(theta.dtype)
+        theta, number("L", L), lr, momentum, weight_decay, nesterov, explicit, 2, reference.arithmetic(theta.dtype)
     )
     states = {"momentum": [v for _, v in momenta]} if momentum else {}  # without it left alone, as torch.optim.SGD
     written: dict[str, Any] = {"copies": [theta, eta], **states, "low": lows}
@@ -531,7 +536,7 @@ def homotopy_penalty(
         torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
     ):  # where the op's own registration serves, which knows no forward mode and no vmap
         return kernels(theta).penalty([theta.view(-1), eta.view(-1)], *arguments)[0]
-    return _Penalty.apply(theta.view(-1), eta.view(-1), *arguments)[0]
+    return _Penalty.apply(theta.reshape(-1), eta.reshape(-1), *arguments)[0]
 
 
 class _Penalty(torch.autograd.Function):
@@ -540,7 +545,7 @@ class _Penalty(torch.autograd.Function):
 
     @staticmethod
     def forward(theta, eta, anchor, *pattern):
-        return kernels(theta).penalty([theta, eta], anchor, *pattern)
+        return kernels(theta).penalty([theta.contiguous(), eta.contiguous()], anchor, *pattern)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -617,8 +622,8 @@ def _penalty_arguments(theta, eta, anchor, labels, L: float) -> tuple[Any, ...]:
     L = number("L", L)
     if not 0 < L < float("inf"):
         raise ValueError(f"L must be positive and finite, got {L}")
-    rules = _homotopy_rules(L, 1.0, 0.0, 0.0, False, True, 2, reference.arithmetic(theta.dtype))
+    rules = _homotopy_rules(theta, L, 1.0, 0.0, 0.0, False, True, 2, reference.arithmetic(theta.dtype))
     codes, bytes_, seed = _pattern(labels, theta, 2)
     if not _concrete(theta):
         rules = torch.ops.hta_fused.checked(rules, bytes_ if codes is None else None, 2)
-    return None if anchor is None else anchor.detach().view(-1), codes, bytes_, seed, rules.to(theta.device)
+    return None if anchor is None else anchor.detach().reshape(-1), codes, bytes_, seed, rules.to(theta.device)

@@ -17,7 +17,7 @@ from . import couplings
 from .checks import flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy, Parle
 from .kernels.reference import NUMBERS, PROPOSE, RULE, SHARE, arithmetic
-from .ops import as_scalar, rules_of, step_buffers
+from .ops import as_scalar, fakes, rules_of, step_buffers
 from .proposals import SGD, Proposal
 from .replicas import Replicas
 
@@ -169,6 +169,10 @@ class CoupledOptimizer(torch.optim.Optimizer):
             What closure returned, or None.
         """
         loss = None
+        if fakes():
+            raise RuntimeError(
+                f"{type(self).__name__}.step() must not be called under FakeTensorMode: it writes memory"
+            )
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()

@@ -92,8 +92,10 @@ def trained(**options: Any) -> hta.CoupledOptimizer:
     replicas = hta.Replicas(Net(), compute_dtype=options.pop("compute_dtype", None))
     proposal, coupling = options.pop("proposal", hta.SGD(0.1, 0.9)), options.pop("coupling", hta.Homotopy(0.1))
     optimizer = hta.CoupledOptimizer(replicas, proposal, coupling, **options)
-    for row in (replicas.grads, replicas.grads):
-        row.normal_()
+    for _ in range(2):
+        for row in replicas.grads:
+            for view in replicas.layout.views(row):  # not the padding
+                view.normal_()
         optimizer.step()
     return optimizer
 
