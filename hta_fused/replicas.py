@@ -324,18 +324,21 @@ class Replicas:
         self._held = [held for net in self.copies for m in net.modules() for held in (m._parameters, m._modules)]
         self._were: list[dict[str, Any]] = [dict(held) for held in self._held]
         self._copies_were = list(self.copies)
+        self._frozen = [p for net in self.copies for p in net.parameters() if not p.requires_grad]
         # Dicts are compared by identity first, then by value: of one element, another parameter may equal the old one.
         self._single = [
             (held, k, p) for held in self._held for k, p in held.items() if isinstance(p, Tensor) and p.numel() < 2
         ]
 
     def _unchanged(self) -> bool:
-        """Whether all modules hold the same parameters and modules as before; in a few microseconds."""
+        """Whether all modules hold the same parameters and modules as before, and the frozen ones are frozen still; in a few
+        microseconds."""
         try:
             return (
                 self._held == self._were
                 and self.copies == self._copies_were
                 and all(held[k] is p for held, k, p in self._single)
+                and not any(p.requires_grad for p in self._frozen)
             )
         except RuntimeError:  # another tensor, and == gave many values
             return False
@@ -356,8 +359,8 @@ class Replicas:
             for key, name in now.items():
                 if key not in known:
                     raise RuntimeError(
-                        f"parameter {name!r} of copy {row} was added after the Replicas were made, so that no step would "
-                        "train it; make new Replicas, or set its requires_grad to False"
+                        f"parameter {name!r} of copy {row} was added, or set to train, after the Replicas were made, so "
+                        "that no step would train it; make new Replicas, or set its requires_grad to False"
                     )
         self._remember()
 
@@ -382,7 +385,7 @@ class Replicas:
 
         Raises:
             ValueError: another number of copies, or an anchor where there is none or none where there is one.
-            RuntimeError: names or shapes differ, as nn.Module.load_state_dict.
+            RuntimeError: names or shapes differ; nothing is changed then.
         """
         if len(state["copies"]) != len(self):
             raise ValueError(f"state_dict holds {len(state['copies'])} copies, but these Replicas hold {len(self)}")
@@ -391,6 +394,22 @@ class Replicas:
                 raise ValueError(
                     f"state_dict has {'no' if state[name] is None else 'a'} {name}, but these Replicas have {'none' if mine is None else 'one'}"
                 )
+            if mine is not None and state[name].shape != mine.shape:
+                raise ValueError(
+                    f"state_dict's {name} has shape {tuple(state[name].shape)}, but here it has {tuple(mine.shape)}"
+                )
+        for row, (net, saved) in enumerate(zip(self.copies, state["copies"], strict=True)):
+            mine_by_name = net.state_dict()
+            for name in (*mine_by_name, *saved):
+                if name not in saved or name not in mine_by_name:
+                    raise RuntimeError(
+                        f"{name!r} of copy {row} is in {'state_dict' if name in saved else 'the model'} only"
+                    )
+                shapes = [tuple(getattr(of[name], "shape", ())) for of in (saved, mine_by_name)]
+                if shapes[0] != shapes[1]:
+                    raise RuntimeError(
+                        f"{name!r} of copy {row} has shape {shapes[0]} in state_dict, but here {shapes[1]}"
+                    )
         for row, (net, saved) in enumerate(zip(self.copies, state["copies"], strict=True)):
             net.load_state_dict(saved)
             names = {id(p): name for name, p in net.named_parameters()}

@@ -63,6 +63,7 @@ class Net(nn.Module):
         self.tied = nn.Linear(16, 16, bias=False)
         self.tied.weight = self.fc.weight
         self.gain = nn.Parameter(torch.tensor(1.5))
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
         self.to(dtype)
 
     def forward(self, x):
@@ -151,6 +152,7 @@ REPLACED: dict[str, Callable[[Any], Any]] = {
     "a layer wrapped with new parameters": lambda net: setattr(net, "fc", Wrapped(net.fc)),
     "a parameter added": lambda net: net.register_parameter("extra", nn.Parameter(torch.zeros(3))),
     "a parameter added to a layer without any": lambda net: net.relu.register_parameter("a", nn.Parameter(torch.ones(1))),
+    "a frozen layer set to train": lambda net: net.frozen.requires_grad_(True),
     "a layer added": lambda net: net.add_module("head", nn.Linear(2, 2)),
     "weight_norm": lambda net: parametrizations.weight_norm(net.conv),
     "old weight_norm": lambda net: nn.utils.weight_norm(net.conv),
@@ -512,6 +514,28 @@ def shared_parameters() -> None:
     unchanged(lambda: hta.Replicas(one, start=[other]), one.parameters())
 
 
+def loaded(change: Callable[[dict[str, Any]], Any]) -> Callable[[], Any]:
+    def call() -> None:
+        optimizer = trained()
+        state = copy.deepcopy(optimizer.replicas.state_dict())
+        for value in state["copies"][0].values():
+            value.zero_()
+        change(state)
+        unchanged(lambda: optimizer.replicas.load_state_dict(state), buffers_of(optimizer))
+
+    return call
+
+
+for how, change in {
+    "a copy less": lambda state: state["copies"].pop(),
+    "a name less": lambda state: state["copies"][1].pop("fc.bias"),
+    "a name more": lambda state: state["copies"][1].update(more=torch.zeros(1)),
+    "another shape": lambda state: state["copies"][1].update({"fc.bias": torch.zeros(1)}),
+    "no anchor": lambda state: state.update(anchor=None),
+    "an anchor of one": lambda state: state.update(anchor=torch.zeros(1)),
+    "a seed": lambda state: state.update(seed=torch.zeros(1, dtype=torch.int64)),
+}.items():
+    case("replicas", f"load_state_dict with {how}", loaded(change))
 case("replicas", "start shares parameters", shared_parameters)
 case("replicas", "no trainable parameter", lambda: hta.Replicas(Net().requires_grad_(False)))
 case("replicas", "two dtypes", lambda: hta.Replicas(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Linear(1, 1).double())))

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils._pytree import tree_leaves
 
 import hta_fused as hta
+from hta_fused.layout import trainable
 
 # --------------------------------------------------------------------------------------------------- replaced parameters
 
@@ -55,13 +56,13 @@ def test_rebind_takes_replaced_parameters_back(how, compute_dtype):
         assert torch.equal(replicas.params, before)
     twin.replicas.params.copy_(replicas.params)
     for row, net in enumerate(replicas):
-        for p, mine in zip(net.parameters(), replicas.parameters[row], strict=True):
+        for p, mine in zip(trainable(net).values(), replicas.parameters[row], strict=True):
             assert p is mine
         assert net.tied.weight is net.fc.weight
     if compute_dtype is None:
         replicas.eta.norm.float()  # its statistics
         assert torch.equal(train(optimizer, loss), train(twin, loss))
-        for p, view in zip(replicas.eta.parameters(), replicas.layout.views(replicas.params[1]), strict=True):
+        for p, view in zip(replicas.parameters[1], replicas.layout.views(replicas.params[1]), strict=True):
             assert p.data_ptr() == view.data_ptr()
 
 
@@ -199,7 +200,7 @@ def test_replicas_alone_are_copied_with_anchor_and_gradients(again):
     assert other.anchor is None
     assert torch.equal(other.grads, replicas.grads)
     assert torch.equal(other.params, replicas.params)
-    assert all(p.grad is not None for net in other for p in net.parameters())
+    assert all(p.grad is not None for net in other for p in trainable(net).values())
 
 
 # --------------------------------------------------------------------------------------------------- sparse gradients
