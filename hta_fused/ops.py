@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
+from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
 
 from .checks import flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy
@@ -532,11 +533,15 @@ def homotopy_penalty(
         TypeError: dtypes differ or are not floating, or an argument is no tensor.
     """
     arguments = _penalty_arguments(theta, eta, anchor, labels, L)
-    if (
-        torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    ):  # where the op's own registration serves, which knows no forward mode and no vmap
+    forward = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() and not forward:  # where the op's own registration serves, which knows neither
         return kernels(theta).penalty([theta.view(-1), eta.view(-1)], *arguments)[0]
-    return _Penalty.apply(theta.reshape(-1), eta.reshape(-1), *arguments)[0]
+    return _differentiable(theta.reshape(-1), eta.reshape(-1), *arguments)
+
+
+@_disable_dynamo  # which would trace into the derivatives and lose their levels
+def _differentiable(*arguments: Tensor | None) -> Tensor:
+    return _Penalty.apply(*arguments)[0]
 
 
 class _Penalty(torch.autograd.Function):
@@ -564,8 +569,12 @@ class _Penalty(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        with _set_fwd_grad_enabled(True):  # torch turns it off here, and would drop the tangents of an outer level
-            theta, eta, anchor, *pattern = [None if t is None else unpack_dual(t).primal for t in ctx.saved_tensors]
+        with forward_ad._set_fwd_grad_enabled(
+            True
+        ):  # torch turns it off here, and would drop the tangents of an outer level
+            theta, eta, anchor, *pattern = [
+                None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors
+            ]
             grads = _Penalty.apply(theta, eta, anchor, *pattern)[1]
             along = [
                 torch.zeros_like(g) if t is None else t.contiguous() for t, g in zip(tangents[:2], grads, strict=True)

@@ -588,6 +588,9 @@ for value in ("both", -1, 2, None, 1.5, True):
     case("optimizers", f"torch_state_dict of {value!r}", lambda v=value: trained().torch_state_dict(v))
 
 for what, value in (NO_NUMBERS | BEYOND).items():
+    case("settings", f"tables.implicit: L {what}", lambda v=value: hta.tables.implicit(v, 0.1))
+    case("settings", f"tables.implicit: lr {what}", lambda v=value: hta.tables.implicit(0.1, v))
+    case("settings", f"tables.implicit: copies {what}", lambda v=value: hta.tables.implicit(0.1, 0.1, v))
     case("schedules", f"constant {what}", lambda v=value: schedule.constant(v))
     case("schedules", f"Schedule of {what}", lambda v=value: schedule.Schedule((v,)))
     for i, name in enumerate(("start", "stop", "step")):

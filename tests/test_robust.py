@@ -312,6 +312,18 @@ def test_the_penalty_under_torch_func(how, with_anchor, kind):
         assert relative_error(actual, wanted, torch.ones(1)) < 1e-13
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_penalty_keeps_tangents(backend):
+    torch.compiler.reset()
+    theta, eta = (torch.randn(N, dtype=torch.float64) for _ in range(2))
+    plain = lambda a, b: hta.homotopy_penalty(a, b, None, None, 0.3)  # noqa: E731
+    compiled = torch.compile(plain, backend=backend)
+    assert torch.equal(compiled(theta, eta), plain(theta, eta))  # the graph without them is there first
+    for how in ("forward_ad", "jvp"):
+        for a, b in zip(TRANSFORMS[how](compiled, theta, eta), TRANSFORMS[how](plain, theta, eta), strict=True):
+            assert relative_error(a, b) < 1e-13
+
+
 @pytest.mark.parametrize("how", ["grad", "jvp", "vmap", "hessian"])
 def test_torch_func_inside_the_compiler(how):
     torch.compiler.reset()
