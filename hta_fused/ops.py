@@ -413,7 +413,8 @@ def _run(written: dict[str, list[Tensor]], g, anchor, labels, rules, kernel, exp
     flat_anchor = None if anchor is None else anchor.detach().view(-1)
     with torch.no_grad():
         kernels(first, g[0]).step_(
-            _flat(x), _flat(g), _flat([row for rows in states for row in rows]), _flat(low), flat_anchor, flat_anchor if moves_anchor else None, None,
+            _flat(x), _flat(g), _flat([v for rows in states for v in rows]), _flat(low), flat_anchor,
+            flat_anchor if moves_anchor else None, None,
             codes, bytes_, seed, rules.to(first.device), scale, found, stats, kernel,
             explicit, skip_nonfinite, reference.PROPOSE | reference.SHARE,
         )  # fmt: skip

@@ -86,9 +86,8 @@ class Replicas:
         if compute_dtype == dtype:
             compute_dtype = None
         if compute_dtype is not None and (compute_dtype not in LOW or dtype != torch.float32):
-            raise TypeError(
-                f"compute_dtype must be bfloat16 or float16 beside float32, got {compute_dtype if isinstance(compute_dtype, torch.dtype) else shown(compute_dtype)} for {dtype}"
-            )
+            got = compute_dtype if isinstance(compute_dtype, torch.dtype) else shown(compute_dtype)
+            raise TypeError(f"compute_dtype must be bfloat16 or float16 beside float32, got {got} for {dtype}")
 
         self.layout = Layout.of(model)
         self.partition = Partition.make(model, partition, copies).to(device)
