@@ -1,4 +1,4 @@
-"""Couplings: what pulls the copies together. Each returns rules, numbers for the kernels; imports torch only.
+"""Couplings: what pulls the copies together. Each returns rules, numbers for the kernels; imports checks.py only.
 
 With a_j the proposals, θ̃ the anchor and s = Σ_i read_i·a_i, a step leaves
 
@@ -20,6 +20,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from .checks import field_types, shown
 
 Row = tuple[float, float, float, float, float]  # read, keep, share, pull, anchored
 INDEPENDENT: Row = (0.0, 1.0, 0.0, 0.0, 0.0)
@@ -46,10 +48,11 @@ class Coupling:
         return getattr(self, "mode", "implicit") == "explicit"
 
     def __post_init__(self) -> None:
+        field_types(self)
         if isinstance(self.every, bool) or not (isinstance(self.every, int) and self.every >= 1):
-            raise ValueError(f"every must be a whole number of steps, at least 1, got {self.every!r}")
+            raise ValueError(f"every must be a whole number of steps, at least 1, got {shown(self.every)}")
         if getattr(self, "mode", "implicit") not in ("implicit", "explicit"):
-            raise ValueError(f"mode must be 'implicit' or 'explicit', got {self.mode!r}")  # type: ignore[attr-defined]
+            raise ValueError(f"mode must be 'implicit' or 'explicit', got {shown(self.mode)}")  # type: ignore[attr-defined]
 
     def rules(self, copies: int, step_size: float, step: int = 1) -> Tensor:
         """The rules at step number `step`, the first being 1: float64 [copies + 1 labels, copies + 1, 5] on the CPU."""

@@ -1,4 +1,4 @@
-"""Where a model's trainable parameters lie in one flat buffer. Imports the kernels' tile size only."""
+"""Where a model's trainable parameters lie in one flat buffer. Imports checks.py and the kernels' tile size only."""
 
 from dataclasses import dataclass
 from math import prod
@@ -6,6 +6,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from .checks import shown
 from .kernels.reference import TILE
 
 _APART = 192  # bytes: three cache lines
@@ -62,6 +63,8 @@ class Layout:
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by name; a tied one once, under its first name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -1,14 +1,19 @@
-"""The public ops: argument checks around the kernels. Imports kernels, proposals and couplings; knows nothing of models
+"""The public ops: argument checks around the kernels. Imports checks, kernels, proposals and couplings; knows nothing of models
 or optimizers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from operator import itemgetter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
 
+from .checks import flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy
 from .kernels import kernels, library, reference
 from .proposals import SGD, Proposal
@@ -18,56 +23,92 @@ if TYPE_CHECKING:
 
 MAX_COPIES = 32  # csrc/arithmetic.h's kMaxCopies
 Rows = Tensor | Sequence[Tensor]
+DTYPES = (torch.float32, torch.float64, *reference.LOW)  # of copies
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rules
 
 
-def rules_of(proposal: Proposal, coupling: Coupling, copies: int, step: int = 1) -> Tensor:
+def rules_of(
+    proposal: Proposal, coupling: Coupling, copies: int, step: int = 1, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """One parameter group's row of the kernels' `rules` at a step: the proposal's numbers, then the coupling's rules.
 
-    float64 on the CPU; csrc/args.h has the layout.
+    On the CPU, in the dtype that the kernel computes in; csrc/args.h has the layout.
+
+    Raises:
+        ValueError: a number is not finite there, or so large that its square is not.
     """
     numbers = torch.tensor(proposal.numbers(step), dtype=torch.float64, device="cpu")
-    return torch.cat([numbers, coupling.rules(copies, proposal.step_size, step).flatten()])
+    rules = torch.cat([numbers, coupling.rules(copies, proposal.step_size, step).flatten()])
+    if _concrete(rules):  # else `checked` does it
+        _check_size(rules, dtype, f"{proposal} and {coupling}")
+    return rules.to(dtype)
+
+
+def _check_size(rules: Tensor, dtype: torch.dtype, made_of: str) -> None:
+    limit = torch.finfo(dtype).max ** 0.5
+    if not (worst := float(rules.abs().amax())) <= limit:  # NaN too
+        raise ValueError(f"{made_of} must give numbers of at most {limit:.2g} in {dtype}, got {worst:.3g}")
 
 
 library.define(
-    "sgd_rules(float L, float lr, float momentum, float weight_decay, bool nesterov, bool explicit_mode, int copies) -> Tensor",
+    "sgd_rules(float L, float lr, float momentum, float weight_decay, bool nesterov, bool explicit_mode, int copies, "
+    "ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.register_fake("hta_fused::sgd_rules", lib=library)
-def _(L, lr, momentum, weight_decay, nesterov, explicit_mode, copies):
+def _(L, lr, momentum, weight_decay, nesterov, explicit_mode, copies, dtype):
     width = reference.NUMBERS + (copies + 1) ** 2 * reference.RULE
-    return torch.empty((1, width), dtype=torch.float64, device="cpu")
+    return torch.empty((1, width), dtype=dtype, device="cpu")
 
 
 def _sgd_rules(
-    L: float, lr: float, momentum: float, weight_decay: float, nesterov: bool, explicit_mode: bool, copies: int
-) -> Tensor:
+    L: float, lr: float, momentum: float, weight_decay: float, nesterov: bool, explicit_mode: bool, copies: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """`rules_of` SGD and equation (3). An op of its own, so that torch.compile lets L and lr vary."""
     coupling = Explicit(L) if explicit_mode else Homotopy(L)
-    return rules_of(SGD(lr, momentum, weight_decay, nesterov), coupling, copies)[None]
+    return rules_of(SGD(lr, momentum, weight_decay, nesterov), coupling, copies, 1, dtype)[None]
 
 
 library.impl("sgd_rules", _sgd_rules, "CompositeExplicitAutograd")
 _cached_sgd_rules = lru_cache(maxsize=64)(_sgd_rules)
 
 
-def _homotopy_rules(*settings: Any) -> Tensor:
-    return (torch.ops.hta_fused.sgd_rules if torch.compiler.is_compiling() else _cached_sgd_rules)(*settings)
+def _homotopy_rules(like: Tensor, *settings: Any) -> Tensor:
+    return (_cached_sgd_rules if _concrete(like) else torch.ops.hta_fused.sgd_rules)(*settings)
 
 
 _cached_rules = lru_cache(maxsize=64)(rules_of)
 
 
-def _rules(proposal: Proposal, coupling: Coupling, copies: int, step: int) -> Tensor:
+def _rules(like: Tensor, proposal: Proposal, coupling: Coupling, copies: int, step: int, dtype: torch.dtype) -> Tensor:
     if isinstance(proposal.lr, Tensor):
         proposal = replace(proposal, lr=float(proposal.lr))
-    make = rules_of if torch.compiler.is_compiling() else _cached_rules  # the compiler warns of caches
-    return make(proposal, coupling, copies, step)[None]
+    make = _cached_rules if _concrete(like) else rules_of  # the compiler warns of caches; a fake one must not stay
+    return make(proposal, coupling, copies, step, dtype)[None]
+
+
+# What depends on values is checked at run time under torch.compile too: the step reads the rules that this returns.
+library.define("checked(Tensor rules, Tensor? labels, int copies) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.register_fake("hta_fused::checked", lib=library)
+def _(rules, labels, copies):
+    return torch.empty_like(rules)
+
+
+def _checked(rules: Tensor, labels: Tensor | None, copies: int) -> Tensor:
+    _check_size(rules, rules.dtype, "settings")
+    if labels is not None:
+        _check_labels(labels, copies)
+    return rules.clone()
+
+
+library.impl("checked", _checked, "CompositeExplicitAutograd")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,15 +128,17 @@ def _check_like(
         raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
     if tensor.device != first.device:
         raise ValueError(f"{name} is on {tensor.device}, but {first_name} is on {first.device}")
-    if not tensor.is_contiguous():
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}")
+    if not tensor.is_contiguous() and not torch._C._are_functorch_transforms_active():  # vmap's strides are none
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}")
 
 
 def _check_floating(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must have a floating dtype of 16, 32 or 64 bits, got {tensor.dtype}")
 
 
 def _check_low(low: list[Tensor], grad_dtype: torch.dtype, first: Tensor) -> None:
@@ -119,8 +162,8 @@ def _pattern(
         return None, None, None
     if isinstance(labels, Tensor):
         _check_like("labels", labels, first, torch.uint8)
-        if not torch.compiler.is_compiling() and labels.numel() and labels.amax() > copies:
-            raise ValueError(f"labels must be {label_range(copies)}, got {int(labels.amax())}")
+        if _concrete(labels):
+            _check_labels(labels, copies)
         return None, labels.view(-1), None
     if not hasattr(labels, "codes"):
         raise TypeError(f"labels must be a uint8 tensor or a Partition, got {type(labels).__name__}")
@@ -132,31 +175,83 @@ def _pattern(
     return labels.codes, labels.labels, labels.seed
 
 
+def _concrete(tensor: Tensor) -> bool:
+    """Whether a tensor has values that Python may look at: neither the compiler's nor a fake one."""
+    return not (torch.compiler.is_compiling() or hasattr(tensor, "fake_mode") or tensor.is_meta or fakes())
+
+
+def fakes() -> bool:
+    """Whether a FakeTensorMode is on."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def _check_labels(labels: Tensor, copies: int) -> None:
+    while torch._C._functorch.is_batchedtensor(labels):  # under vmap
+        labels = torch._C._functorch.get_unwrapped(labels)
+    if labels.numel() and labels.amax() > copies:
+        raise ValueError(f"labels must be {label_range(copies)}, got {int(labels.amax())}")
+
+
 def label_range(copies: int) -> str:
     """The labels there are, in words."""
     return {1: "0 or 1", 2: "0, 1 or 2"}.get(copies, f"0, 1, … {copies}")
 
 
-def _as_scalar(name: str, value: float | Tensor | None, first: Tensor) -> Tensor | None:
+def as_scalar(name: str, value: Any, first: Tensor) -> Tensor | None:
+    """One of the ops' optional numbers as the tensor that a kernel reads; grad_scale is what gradients are divided by."""
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be positive and finite, got {value}")
-        return torch.tensor([value], dtype=torch.float64, device=first.device)
+        value = torch.tensor([number(name, value)], dtype=torch.float64, device="cpu")
     if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{name} must be one float32 or float64 number, got {value.dtype} of shape {tuple(value.shape)}"
         )
+    if name == "grad_scale" and value.device.type == "cpu" and _concrete(value):
+        scale, limits = float(value), torch.finfo(reference.arithmetic(first.dtype))
+        if not (0 < scale < float("inf") and limits.tiny <= 1 / scale <= limits.max):
+            raise ValueError(
+                f"{name} must be positive and finite, as must its reciprocal in {limits.dtype}, got {scale}"
+            )
     return value.to(first.device).contiguous()
 
 
 def _as_stats(stats: Tensor | None, first: Tensor) -> Tensor:
     if stats is None:
         return torch.zeros(4, dtype=torch.float64, device=first.device)
-    if stats.shape != (4,) or stats.dtype != torch.float64 or not stats.is_contiguous():
-        raise ValueError(f"stats must be contiguous float64 of shape (4,), got {stats.dtype} {tuple(stats.shape)}")
+    if not isinstance(stats, Tensor):
+        raise TypeError(f"stats must be a tensor, got {shown(stats)}")
+    if stats.shape != (4,) or stats.dtype != torch.float64 or not stats.is_contiguous() or stats.device != first.device:
+        raise ValueError(
+            f"stats must be contiguous float64 of shape (4,) on {first.device}, "
+            f"got {stats.dtype} {tuple(stats.shape)} on {stats.device}"
+        )
     return stats
+
+
+def _check_apart(written: Mapping[str, Any], read: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Raises where a contiguous tensor that is written shares memory with another. Both: lists of tensors by name;
+    names: what the user calls them."""
+    spans = [
+        (row.data_ptr(), row.data_ptr() + row.nbytes, writes, name, j if len(rows) > 1 else None)
+        for rows_by_name, writes in ((written, True), (read, False))
+        for name, rows in rows_by_name.items()
+        for j, row in enumerate(rows)
+        if row is not None
+    ]
+    spans.sort(key=itemgetter(0, 1))
+    far: tuple[Any, ...] = (0, 0, False, "", None)
+    far_written = far  # the spans that reach furthest so far
+    for span in spans:
+        other = far if span[2] else far_written
+        if span[0] < min(other[1], span[1]):
+            first, second = (name if j is None else f"{name}[{j}]" for *_, name, j in (other, span))
+            first, second = names.get(first, first), names.get(second, second)
+            raise ValueError(f"{second} must not share memory with {first}, as one of them is written")
+        if span[1] > far[1]:
+            far = span
+        if span[2] and span[1] > far_written[1]:
+            far_written = span
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,7 +317,9 @@ def coupled_step_(
         proposal: what each copy does by itself: `proposals.SGD` or `proposals.AdamW`.
         coupling: what pulls them together: see `couplings`. Not Parle, whose points are an optimizer's to keep.
         step: which step this is, the first being 1: AdamW's bias corrections and a coupling's period follow it.
-        grad_scale: what the gradients are divided by (a loss scale).
+        grad_scale: what the gradients are divided by (a loss scale): positive and finite, as is its reciprocal. A tensor
+            on a GPU is not looked at, which would wait for the device: 0, NaN and the like there make the copies inf or
+            NaN, where found_inf does not skip the step. skip_nonfinite looks at the gradients before the division.
         found_inf: one float; the step is skipped where it is not 0 (as torch.amp.GradScaler hands over).
         skip_nonfinite: skip the step, changing nothing, if any gradient is inf or NaN. Reads the gradients once more.
         stats: float64 [4], overwritten: after the step Σ_j ‖x_j − θ̃‖² over what is anchored and Σ_{i<j} ‖x_i − x_j‖²,
@@ -232,9 +329,14 @@ def coupled_step_(
             next forward pass in low precision.
 
     Raises:
-        ValueError: shapes or devices differ, a buffer is missing or not contiguous, labels exceed m, no anchor to move.
+        ValueError: shapes or devices differ, a buffer is missing or not contiguous, what is written shares memory with
+            another argument, labels exceed m, no anchor to move, settings too large for the dtype.
         TypeError: dtypes differ or are not floating, or an argument is no tensor.
     """
+    if not isinstance(proposal, Proposal):
+        raise TypeError(f"proposal must be an SGD or AdamW, got {shown(proposal)}")
+    if not isinstance(coupling, Coupling):
+        raise TypeError(f"coupling must be one of those in couplings, got {shown(coupling)}")
     x = _as_rows("copies", copies)
     m, first = len(x), x[0]
     _check_floating("copies", first)
@@ -258,21 +360,19 @@ def coupled_step_(
         raise ValueError(f"anchor must be a tensor, which {type(coupling).__name__} moves, got None")
     if coupling.buffers:
         raise ValueError("coupling must not be Parle, whose points an optimizer keeps: see CoupledOptimizer")
-    if not (isinstance(step, int) and step >= 1):
-        raise ValueError(f"step must be a whole number, at least 1, got {step!r}")
-    _run(x, g, [row for rows in buffers.values() for row in rows], lows, anchor, labels,
-         _rules(proposal, coupling, m, step), proposal.kernel, coupling.explicit, coupling.moves_anchor, grad_scale,
-         found_inf, skip_nonfinite, stats)  # fmt: skip
+    step = whole("step", step, 1, 2**63 - 1)
+    rules = _rules(first, proposal, coupling, m, step, reference.arithmetic(first.dtype))
+    _run({"copies": x, **buffers, "low": lows}, g, anchor, labels, rules, proposal.kernel, coupling.explicit,
+         coupling.moves_anchor, grad_scale, found_inf, skip_nonfinite, stats)  # fmt: skip
 
 
 def _as_rows(name: str, tensors: Any, count: int | None = None) -> list[Tensor]:
-    rows = list(
-        tensors.unbind()
-        if isinstance(tensors, Tensor) and tensors.dim()
-        else [tensors]
-        if isinstance(tensors, Tensor)
-        else tensors
-    )
+    if isinstance(tensors, Tensor):
+        rows = list(tensors.unbind()) if tensors.dim() else [tensors]
+    elif isinstance(tensors, Sequence) and not isinstance(tensors, str):
+        rows = list(tensors)
+    else:
+        raise TypeError(f"{name} must be a tensor or a list of tensors, got {shown(tensors)}")
     if count is None and not 1 <= len(rows) <= MAX_COPIES:
         raise ValueError(f"{name} must hold 1 to {MAX_COPIES} copies, got {len(rows)}")
     if count is not None and len(rows) != count:
@@ -282,6 +382,8 @@ def _as_rows(name: str, tensors: Any, count: int | None = None) -> list[Tensor]:
 
 def _as_states(proposal: Proposal, states: Any, copies: list[Tensor]) -> dict[str, list[Tensor]]:
     names, m = proposal.buffers, len(copies)
+    if states is not None and (isinstance(states, str) or not isinstance(states, Tensor | Sequence)):
+        raise TypeError(f"states must be tensors or None, got {shown(states)}")
     if not names:
         return {}
     if len(names) == 1 and states is not None:  # the one entry itself
@@ -293,20 +395,36 @@ def _as_states(proposal: Proposal, states: Any, copies: list[Tensor]) -> dict[st
     return {name: _as_rows(name, entry, m) for name, entry in zip(names, states, strict=True)}
 
 
-def _run(x, g, states, low, anchor, labels, rules, kernel, explicit, moves_anchor, grad_scale, found_inf, skip_nonfinite,
-         stats) -> None:  # fmt: skip
-    """The step op over checked tensors of any shape."""
+def _run(written: dict[str, list[Tensor]], g, anchor, labels, rules, kernel, explicit, moves_anchor, grad_scale, found_inf,
+         skip_nonfinite, stats, names: Mapping[str, str] = MappingProxyType({})) -> None:  # fmt: skip
+    """The step op over checked tensors of any shape; `written`: the copies, each of the states, and low by their names."""
+    x, *states, low = written.values()
     first = x[0]
+    flag("skip_nonfinite", skip_nonfinite)
     codes, bytes_, seed = _pattern(labels, first, len(x))
     stats = _as_stats(stats, first)
-    scale, found = _as_scalar("grad_scale", grad_scale, first), _as_scalar("found_inf", found_inf, first)
+    scale, found = as_scalar("grad_scale", grad_scale, first), as_scalar("found_inf", found_inf, first)
+    if _concrete(first):
+        read = {"grads": g, "labels": [bytes_], "grad_scale": [scale], "found_inf": [found]}
+        (written if moves_anchor else read)["anchor"] = [anchor]
+        _check_apart({**written, "stats": [stats]}, read, names)
+    else:
+        rules = torch.ops.hta_fused.checked(rules, bytes_ if codes is None else None, len(x))
     flat_anchor = None if anchor is None else anchor.detach().view(-1)
     with torch.no_grad():
         kernels(first, g[0]).step_(
-            _flat(x), _flat(g), _flat(states), _flat(low), flat_anchor, flat_anchor if moves_anchor else None, None,
-            codes, bytes_, seed, rules.to(first.device, reference.arithmetic(first.dtype)), scale, found, stats, kernel,
+            _flat(x), _flat(g), _flat([v for rows in states for v in rows]), _flat(low), flat_anchor,
+            flat_anchor if moves_anchor else None, None,
+            codes, bytes_, seed, rules.to(first.device), scale, found, stats, kernel,
             explicit, skip_nonfinite, reference.PROPOSE | reference.SHARE,
         )  # fmt: skip
+
+
+_OF_A_PAIR = {"copies[0]": "theta", "copies[1]": "eta"} | {
+    f"{name}[{j}]": f"{word}_{copy}"
+    for name, word in (("grads", "grad"), ("momentum", "momentum"), ("low", "low"))
+    for j, copy in enumerate(("theta", "eta"))
+}
 
 
 def homotopy_step_(
@@ -353,8 +471,9 @@ def homotopy_step_(
         low_theta, low_eta: like grad_theta; overwritten with the new θ and η in its dtype. Both None: not wanted.
 
     Raises:
-        ValueError: shapes or devices differ, a buffer is not contiguous, labels exceed 2, L or lr is outside its range.
-        TypeError: dtypes differ or are not floating, or an argument is no tensor.
+        ValueError: shapes or devices differ, a buffer is not contiguous, what is written shares memory with another
+            argument, labels exceed 2, a setting is outside its range or too large for the dtype.
+        TypeError: dtypes differ or are not floating, an argument is no tensor, or a setting no number.
     """
     _check_floating("theta", theta)
     for name, tensor in (("theta", theta), ("eta", eta)):
@@ -362,6 +481,8 @@ def homotopy_step_(
     grad_dtype = _gradient_dtype(theta, grad_theta)
     for name, tensor in (("grad_theta", grad_theta), ("grad_eta", grad_eta)):
         _check_like(name, tensor, theta, grad_dtype)
+    lr, momentum, weight_decay = number("lr", lr), number("momentum", momentum), number("weight_decay", weight_decay)
+    flag("nesterov", nesterov)
     if not 0 < lr < float("inf"):
         raise ValueError(f"lr must be positive and finite, got {lr}")
     momenta = [("momentum_theta", momentum_theta), ("momentum_eta", momentum_eta)]
@@ -379,14 +500,17 @@ def homotopy_step_(
     for name, copy in zip(("low_theta", "low_eta"), lows, strict=False):
         _check_like(name, copy, theta, grad_dtype)
     if mode not in ("implicit", "explicit"):
-        raise ValueError(f"mode must be 'implicit' or 'explicit', got {mode!r}")
+        raise ValueError(f"mode must be 'implicit' or 'explicit', got {shown(mode)}")
     if L is None:
         raise ValueError("L must be given")
     explicit = mode == "explicit"
-    rules = _homotopy_rules(L, lr, momentum, weight_decay, nesterov, explicit, 2)
-    states = [buffer for _, buffer in momenta] if momentum else []  # without momentum left alone, as torch.optim.SGD
-    _run([theta, eta], [grad_theta, grad_eta], states, lows, anchor, labels, rules, SGD.kernel,
-         explicit, False, grad_scale, found_inf, skip_nonfinite, stats)  # fmt: skip
+    rules = _homotopy_rules(
+        theta, number("L", L), lr, momentum, weight_decay, nesterov, explicit, 2, reference.arithmetic(theta.dtype)
+    )
+    states = {"momentum": [v for _, v in momenta]} if momentum else {}  # without it left alone, as torch.optim.SGD
+    written: dict[str, Any] = {"copies": [theta, eta], **states, "low": lows}
+    _run(written, [grad_theta, grad_eta], anchor, labels, rules, SGD.kernel, explicit, False, grad_scale, found_inf,
+         skip_nonfinite, stats, _OF_A_PAIR)  # fmt: skip
 
 
 def homotopy_penalty(
@@ -401,15 +525,74 @@ def homotopy_penalty(
         L: homotopy parameter, 0 < L < ∞ (the value is infinite at both ends).
 
     Returns:
-        A scalar tensor of theta's dtype. Differentiable any number of times in theta and eta; the value and both
-        gradients come out of one pass that reads each input once.
+        A scalar tensor of theta's dtype. Differentiable any number of times in theta and eta, backward and forward, and
+        under torch.func's transforms; the value and both gradients come out of one pass that reads each input once
+        (under vmap one pass for each member of the batch).
 
     Raises:
         ValueError: shapes or devices differ, a tensor is not contiguous, labels exceed 2, or L is outside its range.
         TypeError: dtypes differ or are not floating, or an argument is no tensor.
     """
     arguments = _penalty_arguments(theta, eta, anchor, labels, L)
-    return kernels(theta).penalty([theta.view(-1), eta.view(-1)], *arguments)[0]
+    forward = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() and not forward:  # where the op's own registration serves, which knows neither
+        return kernels(theta).penalty([theta.view(-1), eta.view(-1)], *arguments)[0]
+    return _differentiable(theta.reshape(-1), eta.reshape(-1), *arguments)
+
+
+@_disable_dynamo  # which would trace into the derivatives and lose their levels
+def _differentiable(*arguments: Tensor | None) -> Tensor:
+    return _Penalty.apply(*arguments)[0]
+
+
+class _Penalty(torch.autograd.Function):
+    """The penalty op with every kind of derivative, and vmap. It is quadratic: its gradients' derivative along a direction
+    is the gradients at that direction, without the anchor."""
+
+    @staticmethod
+    def forward(theta, eta, anchor, *pattern):
+        return kernels(theta).penalty([theta.contiguous(), eta.contiguous()], anchor, *pattern)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output[1], *inputs[3:])
+        ctx.save_for_forward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_value, grad_grads):
+        grads, *pattern = ctx.saved_tensors
+        total = None if grad_value is None else grad_value * grads
+        if grad_grads is not None:
+            curved = _Penalty.apply(*grad_grads.contiguous(), None, *pattern)[1]
+            total = curved if total is None else total + curved
+        return *((None, None) if total is None else total), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        with forward_ad._set_fwd_grad_enabled(
+            True
+        ):  # torch turns it off here, and would drop the tangents of an outer level
+            theta, eta, anchor, *pattern = [
+                None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors
+            ]
+            grads = _Penalty.apply(theta, eta, anchor, *pattern)[1]
+            along = [
+                torch.zeros_like(g) if t is None else t.contiguous() for t, g in zip(tangents[:2], grads, strict=True)
+            ]
+            value = sum((t * g).sum() for t, g in zip(along, grads, strict=True))
+            return value, _Penalty.apply(*along, None, *pattern)[1]
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        """One pass of the kernel for each member of the batch: its value is one sum over all that it is given."""
+        results = [
+            _Penalty.apply(
+                *(t if d is None else t.select(d, b).contiguous() for t, d in zip(inputs, in_dims, strict=True))
+            )
+            for b in range(info.batch_size)
+        ]
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0, 0)
 
 
 def homotopy_penalty_accumulate_(
@@ -433,6 +616,9 @@ def homotopy_penalty_accumulate_(
     arguments = _penalty_arguments(theta, eta, anchor, labels, L)
     for name, grad in (("grad_theta", grad_theta), ("grad_eta", grad_eta)):
         _check_like(name, grad, theta)
+    if _concrete(theta):
+        read = {"theta": [theta], "eta": [eta], "anchor": [anchor], "labels": [arguments[2]]}
+        _check_apart({"grad_theta": [grad_theta], "grad_eta": [grad_eta]}, read, {})
     with torch.no_grad():
         return kernels(theta).penalty_accumulate_(_flat([grad_theta, grad_eta]), _flat([theta, eta]), *arguments)
 
@@ -443,7 +629,11 @@ def _penalty_arguments(theta, eta, anchor, labels, L: float) -> tuple[Any, ...]:
     for name, tensor in (("theta", theta), ("eta", eta), ("anchor", anchor)):
         if name != "anchor" or tensor is not None:
             _check_like(name, tensor, theta)
+    L = number("L", L)
     if not 0 < L < float("inf"):
         raise ValueError(f"L must be positive and finite, got {L}")
-    rules = _homotopy_rules(float(L), 1.0, 0.0, 0.0, False, True, 2).to(theta.device, reference.arithmetic(theta.dtype))
-    return None if anchor is None else anchor.detach().view(-1), *_pattern(labels, theta, 2), rules
+    rules = _homotopy_rules(theta, L, 1.0, 0.0, 0.0, False, True, 2, reference.arithmetic(theta.dtype))
+    codes, bytes_, seed = _pattern(labels, theta, 2)
+    if not _concrete(theta):
+        rules = torch.ops.hta_fused.checked(rules, bytes_ if codes is None else None, 2)
+    return None if anchor is None else anchor.detach().reshape(-1), codes, bytes_, seed, rules.to(theta.device)

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from . import couplings
+from .checks import flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy, Parle
-from .kernels.reference import PROPOSE, SHARE, arithmetic
-from .ops import rules_of, step_buffers
+from .kernels.reference import NUMBERS, PROPOSE, RULE, SHARE, arithmetic
+from .ops import as_scalar, fakes, rules_of, step_buffers
 from .proposals import SGD, Proposal
 from .replicas import Replicas
 
@@ -49,8 +51,10 @@ class CoupledOptimizer(torch.optim.Optimizer):
             `.coupling` refreshes by itself.
 
     Raises:
-        ValueError: a setting outside its range, a name that the model does not have, a parameter in two groups, a
-            coupling that moves an anchor which is zero.
+        ValueError: a setting outside its range or too large for the parameters' dtype, a name that the model does not
+            have, a parameter in two groups, a coupling that moves an anchor which is zero. `step` raises it too, before
+            anything is written, for what was put into param_groups.
+        TypeError: an argument or a setting of another type than these.
     """
 
     def __init__(
@@ -63,6 +67,12 @@ class CoupledOptimizer(torch.optim.Optimizer):
         skip_nonfinite: bool = True,
         capturable: bool = False,
     ):
+        if not isinstance(replicas, Replicas):
+            raise TypeError(f"replicas must be Replicas, got {shown(replicas)}")
+        if not isinstance(proposal, Proposal):
+            raise TypeError(f"proposal must be an SGD or AdamW, got {shown(proposal)}")
+        flag("skip_nonfinite", skip_nonfinite)
+        flag("capturable", capturable)
         self.replicas = replicas
         self.skip_nonfinite = skip_nonfinite
         self.capturable = capturable
@@ -77,6 +87,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
         self._step_tensor = torch.zeros((), dtype=torch.float32, device="cpu")  # the same, as torch's AdamW shows it
         self._known: Any = None  # what the rules on the device were made from
         self._planned: Tensor | None = None
+        self._made: list[tuple[Proposal, Coupling]] = []  # of each group, as the rules were made of
         self._warned = False
         self._index_of = {
             id(p): i for i, p in enumerate(replicas.parameters[0])
@@ -88,10 +99,11 @@ class CoupledOptimizer(torch.optim.Optimizer):
         self._coupling_class = type(coupling)
         super().__init__(self._split(groups), defaults)
         for index, group in enumerate(self.param_groups):
-            self._proposal_of(group), self._coupling_of(group)  # raise for what is outside its range
             for i in self._indices(group):
                 self._codes[replicas.layout.tiles(i), 0] = index
-        self.rules = torch.zeros(0)  # what the kernels read, a row for each group; see csrc/args.h
+        # What the kernels read, a row for each group; see csrc/args.h.
+        self.rules = torch.zeros(0, dtype=arithmetic(replicas.params.dtype))
+        self._values_at(1)  # raises for what is outside its range
         self._make_buffers()
 
     # ------------------------------------------------------------------------------------------------- settings
@@ -146,6 +158,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
         held = sum(len(group["params"]) for group in self.param_groups)
         self._complete = held == len(self.replicas) * len(self.replicas.layout.names)
 
+    @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all copies.
 
@@ -156,39 +169,46 @@ class CoupledOptimizer(torch.optim.Optimizer):
             What closure returned, or None.
         """
         loss = None
+        if fakes():
+            raise RuntimeError(
+                f"{type(self).__name__}.step() must not be called under FakeTensorMode: it writes memory"
+            )
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         replicas = self.replicas
+        grad_scale = as_scalar("grad_scale", getattr(self, "grad_scale", None), replicas.params)
+        capturing = replicas.params.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._planned is None and not capturing:
+            self.refresh()  # raises for bad settings before anything is written
         replicas.collect_grads()
         if self._planned is not None:
             self.rules.view(-1).copy_(self._planned.index_select(0, self._cursor)[0])
             self._cursor += 1
-        elif replicas.params.is_cuda and torch.cuda.is_current_stream_capturing():
+        elif capturing:
             if not self.capturable:
                 raise RuntimeError(f"a CUDA graph captures {type(self).__name__}.step(), which needs capturable=True")
             if self._known is None:
                 raise RuntimeError(f"call {type(self).__name__}.refresh() before a CUDA graph captures step()")
         else:
-            self.refresh()
             self._steps += 1
             self._step_tensor.fill_(self._steps)
         if self._coupling_class is Parle:
-            self._step_parle()
+            self._step_parle(grad_scale)
         else:
             partition, found_inf = replicas.partition, getattr(self, "found_inf", None)
             step_buffers(
                 self._mutated, [replicas.params], [replicas.grads], self._state_rows,
                 [] if replicas.low is None else [replicas.low], replicas.anchor,
                 replicas.anchor if self._moves_anchor else None, None, self._codes, partition.labels, partition.seed,
-                self.rules, getattr(self, "grad_scale", None), found_inf, self._stats, self.proposal.kernel,
+                self.rules, grad_scale, found_inf, self._stats, self.proposal.kernel,
                 self._explicit, self.skip_nonfinite and found_inf is None, PROPOSE | SHARE,
             )  # fmt: skip
         if self._buffers and not self._shown:
             self._show_state()
         return loss
 
-    def _step_parle(self) -> None:
+    def _step_parle(self, grad_scale: Tensor | None) -> None:
         """Each copy by itself around its point; then, when the period ends, the points."""
         replicas, coupling = self.replicas, self.coupling
         assert isinstance(coupling, Parle)
@@ -204,7 +224,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
             step_buffers(
                 [*self._mutated, stats], [replicas.params[j]], [replicas.grads[j]], [buffer[j] for buffer in self._state_rows],
                 [] if replicas.low is None else [replicas.low[j]], points[j], averages[j], None, codes, None, None,
-                self.rules, getattr(self, "grad_scale", None), found_inf, stats[j], self.proposal.kernel, False, False,
+                self.rules, grad_scale, found_inf, stats[j], self.proposal.kernel, False, False,
                 PROPOSE | SHARE,
             )  # fmt: skip
         if self._steps % coupling.every == 0 and not found_inf.item():
@@ -222,13 +242,15 @@ class CoupledOptimizer(torch.optim.Optimizer):
         known = (settings, step if self._moves_with_steps() else None)
         if known == self._known:
             return
-        if self._buffer_names() != self._needed:  # a momentum that was 0
-            self._make_buffers()
-        values = self._values_at(step)
+        changed = self._known is None or settings != self._known[0]
+        made = [self._made_of(group) for group in self.param_groups] if changed else self._made
+        values = self._values_of(made, step)
+        if changed and (self._buffer_names(), self._kind()) != (self._needed, (self._explicit, self._moves_anchor)):
+            self._make_buffers()  # a momentum that was 0, another mode, an average that got a pull
         if self.rules.is_cuda:
             values = values.pin_memory()  # so that the copy waits for nothing
         self.rules.copy_(values, non_blocking=True)
-        self._known = known
+        self._known, self._made = known, made
         self._warn_if_unstable()
 
     def plan(self, lrs: Sequence[float], start: int = 0) -> None:
@@ -241,6 +263,9 @@ class CoupledOptimizer(torch.optim.Optimizer):
         """
         if self._coupling_class is Parle:
             raise ValueError("plan cannot hold Parle's steps: its points are moved by the host")
+        start, lrs = whole("start", start, 0, len(lrs)), [number("lrs", lr) for lr in lrs]
+        if not lrs:
+            raise ValueError("lrs must hold at least one learning rate")
         done = self.steps
         first = done - start
         rows = torch.stack([self._values_at(first + i + 1, lr=lr).view(-1) for i, lr in enumerate(lrs)])
@@ -265,12 +290,17 @@ class CoupledOptimizer(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer.load_state_dict; what it holds goes into the flat buffers."""
+        """As torch.optim.Optimizer.load_state_dict; what it holds goes into the flat buffers.
+
+        Raises:
+            ValueError: groups or a buffer's shape differ; nothing is changed then.
+        """
         final = state_dict
 
         def catch(optimizer: Any, loaded: dict[str, Any]) -> None:  # after the user's own hooks have had their say
             nonlocal final
             final = loaded
+            self._check_shapes(loaded)
 
         def take(optimizer: Any) -> None:
             self._take_state(final)
@@ -390,7 +420,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
 
     def _make_buffers(self) -> None:
         """Allocates what the proposal and the coupling need, keeping what is there; and says what a step writes."""
-        replicas, coupling = self.replicas, self.coupling
+        replicas, coupling, kind = self.replicas, self.coupling, self._kind()
         self._needed = self._buffer_names()
         kept, self._buffers = self._buffers, {}
         for name in self._needed:
@@ -401,8 +431,8 @@ class CoupledOptimizer(torch.optim.Optimizer):
         self._idle = {
             k: v for k, v in (kept | self._idle).items() if k not in self._buffers
         }  # momentum of 0 for a while
-        self._explicit, self._moves_anchor = coupling.explicit, coupling.moves_anchor
-        width = len(self._rules_of(self.param_groups[0], 1))
+        self._explicit, self._moves_anchor = kind
+        width = NUMBERS + (self._coupled() + 1) ** 2 * RULE
         if self.rules.shape != (len(self.param_groups), width):
             like = replicas.params
             self.rules = torch.zeros(len(self.param_groups), width, dtype=arithmetic(like.dtype), device=like.device)
@@ -412,6 +442,15 @@ class CoupledOptimizer(torch.optim.Optimizer):
         self._mutated += [replicas.anchor] if self._moves_anchor and replicas.anchor is not None else []
         self._known, self._shown = None, False
 
+    def _kind(self) -> tuple[bool, bool]:
+        """Whether the coupling is explicit, which all groups must agree in, and whether it moves the anchor."""
+        of_groups = [self._coupling_of(group) for group in self.param_groups]
+        if len({coupling.explicit for coupling in of_groups}) > 1:
+            raise ValueError("mode must be the same in all param_groups, got 'implicit' and 'explicit'")
+        for coupling in of_groups:
+            _check_coupling(coupling, self.replicas)
+        return of_groups[0].explicit, any(coupling.moves_anchor for coupling in of_groups)
+
     def _buffer_names(self) -> list[str]:
         """Which of the proposal's buffers some group needs."""
         names = {name for group in self.param_groups for name in self._proposal_of(group).buffers}
@@ -420,7 +459,10 @@ class CoupledOptimizer(torch.optim.Optimizer):
     def _proposal_of(self, group: Mapping[str, Any], **changed: Any) -> Proposal:
         values = {**group, **changed}
         own: dict[str, Any] = {f.name: values[f.name] for f in fields(self.proposal)}
-        own["lr"] = float(own["lr"])  # it may be a tensor
+        if isinstance(own["lr"], Tensor):  # which may change in place
+            own["lr"] = number("lr", own["lr"])
+        if values.get("dampening"):
+            raise ValueError(f"dampening must be 0 in param_groups, got {shown(values['dampening'])}")
         return type(self.proposal)(**own)
 
     def _coupling_of(self, group: Mapping[str, Any], **changed: Any) -> Coupling:
@@ -429,7 +471,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
 
     def _group_settings(self, group: Mapping[str, Any]) -> list[Any]:
         return [
-            float(v) if isinstance(v, Tensor) else v
+            number(k, v) if isinstance(v, Tensor) else v
             for k, v in group.items()
             if k not in ("params", "steps", "initial_lr")
         ]
@@ -439,14 +481,23 @@ class CoupledOptimizer(torch.optim.Optimizer):
 
     def _values_at(self, step: int, **changed: Any) -> Tensor:
         """The rules of every group at a step, in the kernels' arithmetic, on the CPU."""
-        return torch.stack([self._rules_of(g, step, **changed) for g in self.param_groups]).to(self.rules.dtype)
+        return self._values_of([self._made_of(group, **changed) for group in self.param_groups], step)
 
-    def _rules_of(self, group: Mapping[str, Any], step: int, **changed: Any) -> Tensor:
-        copies = 1 if self._coupling_class is Parle else len(self.replicas)
-        return rules_of(self._proposal_of(group, **changed), self._coupling_of(group, **changed), copies, step)
+    def _values_of(self, made: list[tuple[Proposal, Coupling]], step: int) -> Tensor:
+        copies, dtype = self._coupled(), self.rules.dtype
+        return torch.stack([rules_of(proposal, coupling, copies, step, dtype) for proposal, coupling in made])
+
+    def _made_of(self, group: Mapping[str, Any], **changed: Any) -> tuple[Proposal, Coupling]:
+        return self._proposal_of(group, **changed), self._coupling_of(group, **changed)
+
+    def _coupled(self) -> int:
+        """How many copies one call of the kernel couples."""
+        return 1 if self._coupling_class is Parle else len(self.replicas)
 
     def _row(self, copy: int | str, *more: str) -> int | None:
         """A copy's row; None for "mean"."""
+        if isinstance(copy, bool) or not isinstance(copy, int | str):
+            raise TypeError(f"copy must be a name or a number, got {shown(copy)}")
         names = {"theta": 0, "eta": 1} if len(self.replicas) > 1 else {"theta": 0}
         if copy in more:
             return None
@@ -459,6 +510,17 @@ class CoupledOptimizer(torch.optim.Optimizer):
     def _set_steps(self, steps: int) -> None:
         self._steps, self._planned, self._known = steps, None, None
         self._step_tensor.fill_(steps)
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for key, parameter in zip(keys, parameters, strict=False):  # torch itself counts them
+            for name, value in state_dict["state"].get(key, {}).items():
+                if name != "step" and isinstance(value, Tensor) and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"state_dict's {name} {key} has shape {tuple(value.shape)}, "
+                        f"but the parameter has {tuple(parameter.shape)}"
+                    )
 
     def _take_state(self, state_dict: dict[str, Any]) -> None:
         """Brings what a state_dict holds (itself: torch has cast its copies to the parameters' dtype) into the buffers."""
@@ -501,8 +563,14 @@ class CoupledOptimizer(torch.optim.Optimizer):
         names, rows = self.replicas.layout.names, self.replicas.parameters
         taken: set[int] = set()
         result = []
+        if isinstance(groups, str | Mapping) or not isinstance(groups, Iterable):
+            raise TypeError(f"groups must be a list of dicts, got {shown(groups)}")
         for group in groups:
+            if not isinstance(group, Mapping) or "params" not in group:
+                raise TypeError(f"groups must hold dicts with 'params', got {shown(group)}")
             wanted = group["params"]
+            if not (callable(wanted) or isinstance(wanted, str | Tensor | Iterable)):
+                raise TypeError(f"params of a group must be a function, names or parameters, got {shown(wanted)}")
             if callable(wanted):
                 indices = [i for i, name in enumerate(names) if wanted(name)]
             else:
@@ -513,11 +581,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
                     elif isinstance(item, Tensor) and id(item) in self._index_of:
                         indices.append(self._index_of[id(item)])
                     else:
-                        what = (
-                            repr(item)
-                            if isinstance(item, str)
-                            else f"a tensor of shape {tuple(getattr(item, 'shape', ()))}"
-                        )
+                        what = f"a tensor of shape {tuple(item.shape)}" if isinstance(item, Tensor) else shown(item)
                         raise ValueError(
                             f"groups name {what}, which is no trainable parameter of copy 0; there are {', '.join(names)}"
                         )
@@ -581,8 +645,8 @@ class HomotopySGD(CoupledOptimizer):
         **options: Any,
     ):
         if mode not in ("implicit", "explicit"):
-            raise ValueError(f"mode must be 'implicit' or 'explicit', got {mode!r}")
-        if not float(lr) > 0:
+            raise ValueError(f"mode must be 'implicit' or 'explicit', got {shown(mode)}")
+        if not number("lr", lr) > 0:
             raise ValueError(f"lr must be positive and finite, got {lr}")
         coupling = Homotopy(L) if mode == "implicit" else Explicit(L)
         super().__init__(replicas, SGD(lr, momentum, weight_decay, nesterov), coupling, **options)

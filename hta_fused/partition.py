@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .checks import number, shown, whole
 from .kernels.reference import HASHED, TILE, expand
 from .layout import Layout, owners_of, trainable
 
@@ -28,8 +29,13 @@ class Partition:
     def __init__(self, labels: Tensor, layout: Layout | None = None, *, blocks: int | None = None):
         """From one label an element: uint8 [N], in the buffer's order; blocks: how many there are (default: the largest
         label, at least 2)."""
-        if labels.dtype != torch.uint8 or labels.dim() != 1:
-            raise TypeError(f"labels must be a 1-D uint8 tensor, got {labels.dtype} of shape {tuple(labels.shape)}")
+        if not isinstance(labels, Tensor) or labels.dtype != torch.uint8 or labels.dim() != 1:
+            got = f"{labels.dtype} of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else shown(labels)
+            raise TypeError(f"labels must be a 1-D uint8 tensor, got {got}")
+        if layout is not None and not isinstance(layout, Layout):
+            raise TypeError(f"layout must be a Layout, got {shown(layout)}")
+        if blocks is not None:
+            whole("blocks", blocks, 1, 255)
         largest = int(labels.amax()) if labels.numel() else 0
         if blocks is not None and largest > blocks:
             raise ValueError(f"labels must be at most {blocks}, the number of blocks, got {largest}")
@@ -63,6 +69,7 @@ class Partition:
     @classmethod
     def layer_blocks(cls, model: nn.Module, part: Part | None = None, *, blocks: int = 2) -> "Partition":
         """The paper's §2.2: the weights of the fully connected layers in `blocks` runs of layers."""
+        trainable(model)  # raises where this is no module
         layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
         block = {id(layer): b for layer, b in zip(layers, _runs(len(layers), blocks), strict=True)}
 
@@ -86,12 +93,13 @@ class Partition:
             seed: of the draw; the same on every machine.
             blocks: how many there are.
         """
-        p = 1 / blocks if p is None else p
+        whole("blocks", blocks, 1, 255)
+        p = 1 / blocks if p is None else number("p", p)
         if not 0 <= p <= 1:
             raise ValueError(f"p must be a probability, got {p}")
         if by not in ("element", "unit"):
-            raise ValueError(f"by must be 'element' or 'unit', got {by!r}")
-        generator = torch.Generator().manual_seed(seed)
+            raise ValueError(f"by must be 'element' or 'unit', got {shown(by)}")
+        generator = torch.Generator().manual_seed(_seed(seed))
 
         def label(name: str, owner: nn.Module, w: Tensor) -> Tensor | None:
             if w.dim() < 2:
@@ -107,11 +115,12 @@ class Partition:
     def hashed(cls, model: nn.Module, part: Part | None = None, *, seed: int = 0, blocks: int = 2) -> "Partition":
         """Like `random` by element, all blocks equally likely, from a hash of (seed, element) inside the kernels: no
         memory, the same on every backend, and drawn anew by `resample`. (The coupling with dropout, θ̃ = 0.)"""
+        whole("blocks", blocks, 1, 255)
         result = cls._label(model, lambda name, owner, p: torch.tensor(255) if p.dim() >= 2 else None, part, "hashed",
                             "weight of two or more dimensions", 255)  # fmt: skip
         result.blocks = blocks
         result.codes[result.codes[:, 1] == 255, 1] = HASHED
-        result.seed = torch.tensor([seed], dtype=torch.int64, device="cpu")
+        result.seed = torch.tensor([_seed(seed)], dtype=torch.int64, device="cpu")
         return result
 
     @classmethod
@@ -121,9 +130,17 @@ class Partition:
         Parameters that are not named get label 0.
         """
         known = trainable(model)
-        for name in labels:
+        if not isinstance(labels, Mapping):
+            raise TypeError(f"labels must map parameters' names to labels, got {shown(labels)}")
+        for name, value in labels.items():
             if name not in known:
-                raise ValueError(f"labels name {name!r}, which is no trainable parameter; there are {', '.join(known)}")
+                raise ValueError(
+                    f"labels name {shown(name)}, which is no trainable parameter; there are {', '.join(known)}"
+                )
+            if not isinstance(value, Tensor):
+                whole(f"labels of {name!r}", value, 0, 255)
+            elif value.is_complex() or (value.byte() != value).any():
+                raise ValueError(f"labels of {name!r} must be whole numbers from 0 to 255, got others in {value.dtype}")
 
         def label(name: str, owner: nn.Module, p: Tensor) -> Tensor | None:
             return torch.as_tensor(labels[name], dtype=torch.uint8) if name in labels else None
@@ -141,8 +158,8 @@ class Partition:
             return spec
         if isinstance(spec, Mapping):
             return cls.own(model, spec, blocks=blocks)
-        if spec not in BY_NAME:
-            raise ValueError(f"partition must be one of {', '.join(BY_NAME)}, got {spec!r}")
+        if not isinstance(spec, str) or spec not in BY_NAME:
+            raise ValueError(f"partition must be one of {', '.join(BY_NAME)}, got {shown(spec)}")
         return BY_NAME[spec](model, blocks=blocks)
 
     @classmethod
@@ -156,8 +173,7 @@ class Partition:
         blocks: int,
     ) -> "Partition":
         """Asks `label` for each trainable parameter; None is 0 throughout. `wanted` names what there must be one of."""
-        if not 1 <= blocks <= 255:
-            raise ValueError(f"blocks must be from 1 to 255, got {blocks}")
+        whole("blocks", blocks, 1, 255)
         layout = Layout.of(model)
         inside = _part(model, part)
         flat = torch.zeros(layout.numel, dtype=torch.uint8, device="cpu")
@@ -188,7 +204,7 @@ class Partition:
         """Draws hashed labels anew: with the next seed, or a given one. In place, so that a captured graph follows."""
         if self.seed is None:
             raise ValueError("resample is for hashed labels; this Partition has none")
-        self.seed.add_(1) if seed is None else self.seed.fill_(seed)
+        self.seed.add_(1) if seed is None else self.seed.fill_(_seed(seed))
 
     def flat(self) -> Tensor:
         """One label an element, uint8 [numel], in the buffer's order."""
@@ -252,11 +268,15 @@ def _part(model: nn.Module, part: Part | None) -> Callable[[str], bool]:
     if callable(part):
         return part
     kinds: dict[str, type] = {"conv": nn.modules.conv._ConvNd, "classifier": nn.Linear}
-    if part not in kinds:
-        raise ValueError(f"part must be one of {', '.join(kinds)}, or a function of a name, got {part!r}")
+    if not isinstance(part, str) or part not in kinds:
+        raise ValueError(f"part must be one of {', '.join(kinds)}, or a function of a name, got {shown(part)}")
     owners = owners_of(model)
     inside: Iterable[str] = {n for n, p in trainable(model).items() if isinstance(owners[id(p)], kinds[part])}
     return lambda name: name in inside
+
+
+def _seed(seed: int) -> int:
+    return whole("seed", seed, -(2**63), 2**63 - 1)
 
 
 def _runs(count: int, blocks: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Proposals: what each copy would do by itself. Numbers for the kernels; imports nothing of the package.
+"""Proposals: what each copy would do by itself. Numbers for the kernels; imports checks.py only.
 
 A proposal is a settings object. It says which kernel does it, how many buffers a copy needs, what numbers the kernel is
 given at a step, and the step size that the coupling's proximal map is to take. To add one: its equations in
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+
+from .checks import field_types, number, shown
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class SGD:
     torch_optimizer: ClassVar[Callable[..., torch.optim.Optimizer]] = torch.optim.SGD
 
     def __post_init__(self) -> None:
+        field_types(self)
         _check_range("lr", self.lr)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
@@ -93,7 +96,10 @@ class AdamW:
     torch_optimizer: ClassVar[Callable[..., torch.optim.Optimizer]] = torch.optim.AdamW
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
+        field_types(self)
+        if not isinstance(self.betas, tuple | list):
+            raise TypeError(f"betas must be two numbers in [0, 1), got {shown(self.betas)}")
+        object.__setattr__(self, "betas", tuple(number("betas", beta) for beta in self.betas))
         _check_range("lr", self.lr)
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps must be positive and finite, got {self.eps}")

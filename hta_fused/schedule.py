@@ -1,4 +1,4 @@
-"""Schedules of the homotopy parameter L: functions of the epoch, joined by `+`. Imports nothing of the package.
+"""Schedules of the homotopy parameter L: functions of the epoch, joined by `+`. Imports checks.py only.
 
 L = decoupled(2) + linear(0.01, 0.005, step=0.001, epochs_per_value=4) + merged()
 L(0)      # inf
@@ -8,6 +8,8 @@ L.epochs  # 27
 import math
 from dataclasses import dataclass
 
+from .checks import number, whole
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -16,18 +18,19 @@ class Schedule:
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not self.values:
-            raise ValueError("values must hold at least one L")
+        if not isinstance(self.values, tuple | list) or not self.values:
+            raise ValueError("values must hold at least one L, in a tuple")
+        object.__setattr__(self, "values", tuple(number("L", L) for L in self.values))
         for L in self.values:
             if not L >= 0:
                 raise ValueError(f"L must be in [0, ∞], got {L}")
 
     def __call__(self, epoch: int) -> float:
-        if epoch < 0:
-            raise ValueError(f"epoch must not be negative, got {epoch}")
-        return self.values[min(epoch, self.epochs - 1)]
+        return self.values[min(whole("epoch", epoch, 0, 2**63 - 1), self.epochs - 1)]
 
     def __add__(self, later: "Schedule") -> "Schedule":
+        if not isinstance(later, Schedule):
+            return NotImplemented
         return Schedule(self.values + later.values)
 
     @property
@@ -38,15 +41,16 @@ class Schedule:
 
 def constant(L: float, epochs: int = 1) -> Schedule:
     """The same L for `epochs` epochs."""
-    return Schedule((float(L),) * _positive("epochs", epochs))
+    return Schedule((number("L", L),) * _count("epochs", epochs))
 
 
 def linear(start: float, stop: float, step: float, epochs_per_value: int = 1) -> Schedule:
     """start, start − step, … down to stop, each for `epochs_per_value` epochs; the paper's is (0.01, 0.005, 0.001, 4)."""
+    start, stop, step = number("start", start), number("stop", stop), number("step", step)
     if not math.inf > start >= stop >= 0:
         raise ValueError(f"start and stop must satisfy ∞ > start ≥ stop ≥ 0, got {start} and {stop}")
-    if not step > 0:
-        raise ValueError(f"step must be positive, got {step}")
+    if not step > 0 or math.isinf((start - stop) / step):
+        raise ValueError(f"step must be positive, and not vanish beside start − stop, got {step}")
     count = math.floor((start - stop) / step * (1 + 1e-12) + 1e-9) + 1
     # Rounding to the step's own digits gives 0.007, not 0.006999999999999999.
     values = [round(start - i * step, 12) if step > 1e-9 else start - i * step for i in range(count)]
@@ -55,6 +59,7 @@ def linear(start: float, stop: float, step: float, epochs_per_value: int = 1) ->
 
 def geometric(start: float, stop: float, factor: float, epochs_per_value: int = 1) -> Schedule:
     """start, start·factor, … while not below stop, each for `epochs_per_value` epochs."""
+    start, stop, factor = number("start", start), number("stop", stop), number("factor", factor)
     if not math.inf > start >= stop > 0:
         raise ValueError(f"start and stop must satisfy ∞ > start ≥ stop > 0, got {start} and {stop}")
     if not 0 < factor < 1:
@@ -74,10 +79,8 @@ def merged(epochs: int = 1) -> Schedule:
 
 
 def _held(values: list[float], epochs_per_value: int) -> Schedule:
-    return Schedule(tuple(L for L in values for _ in range(_positive("epochs_per_value", epochs_per_value))))
+    return Schedule(tuple(L for L in values for _ in range(_count("epochs_per_value", epochs_per_value))))
 
 
-def _positive(name: str, count: int) -> int:
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
-    return count
+def _count(name: str, count: int) -> int:
+    return whole(name, count, 1, 10**9)

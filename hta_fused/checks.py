@@ -1,0 +1,65 @@
+"""Checks of settings at the boundary: one line that names the argument, what was wanted and what came. Imports torch only."""
+
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def shown(value: Any) -> str:
+    """A value in a message of one line: itself if it is a number, a string or None, else its type."""
+    plain = value is None or isinstance(value, str | Real | complex)
+    return repr(value) if plain else f"a {type(value).__name__}"
+
+
+def number(name: str, value: Any) -> float:
+    """A real number, or a tensor of one, as a float.
+
+    Raises:
+        TypeError: it is none (a bool is none).
+        ValueError: no float is so large.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and not (value.is_complex() or value.dtype == torch.bool):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, float | int | Real):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got a whole number beyond float64") from None
+
+
+def whole(name: str, value: Any, low: int, high: int, what: str = "a whole number") -> int:
+    """A whole number in a range, as an int.
+
+    Raises:
+        TypeError: it is not whole (a bool is not).
+        ValueError: it is outside.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be {what}, got {shown(value)}")
+    if not low <= int(value) <= high:
+        limits = f"from {low} to {high}" if high < 2**31 else f"at least {low}" if low > -(2**31) else "in 64 bits"
+        raise ValueError(f"{name} must be {what} {limits}, got {value}"[:300])
+    return int(value)
+
+
+def flag(name: str, value: Any) -> None:
+    """Raises TypeError where a value is not True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+
+
+def field_types(settings: Any) -> None:
+    """Checks the numbers and flags among a settings object's fields; a tensor of one number (but lr, which may change
+    in place) becomes that number."""
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if f.type is float:
+            checked = number(f.name, value)
+            if f.name != "lr" and isinstance(value, Tensor):
+                object.__setattr__(settings, f.name, checked)
+        elif f.type is bool:
+            flag(f.name, value)
