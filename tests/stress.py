@@ -32,7 +32,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from bad_command_lines import CASES
+from bad_command_lines import CASES as COMMAND_LINES
+from bad_inputs import CASES as INPUTS
 
 from hta_fused.train import Settings, Trainer, cli, data
 from hta_fused.train.folder import sealed, unsealed
@@ -451,13 +452,17 @@ def faults(folder: Path) -> Iterator[Case]:
         shutil.rmtree(out)
 
     for changes in (
-        {"lr": 1e30},
+        {"lr": 1e15},
         {"lr": 1e30, "method": "sgd"},
-        {"lr": 1e25, "epochs": 2, "precision": "bf16"},
-        {"lr": 1e30, "method": "compare"},
-        {"lr": 1e20, "mode": "explicit"},
+        {"lr": 1e12, "epochs": 2, "precision": "bf16"},
+        {"lr": 1e15, "method": "compare"},
+        {"lr": 1e15, "mode": "explicit"},
     ):
         yield f"it diverges with {changes}", lambda changes=changes: diverges(**changes)
+
+
+def refused(call: Callable[[], Any]) -> None:
+    raises((RuntimeError, TypeError, ValueError), "", call)
 
 
 def mistyped(argv: list[str]) -> None:
@@ -511,7 +516,9 @@ def main(argv: list[str] | None = None) -> int:
     table.append(("kills", sum(taken for taken, _ in killed), [line for _, wrong in killed for line in wrong]))
     for name, cases in checkpoints(moments, options.quick):
         table.append(tried(name, cases))
-    table.append(tried("bad command lines", [(what, lambda argv=argv: mistyped(argv)) for what, argv in CASES]))
+    table.append(tried("bad command lines", [(what, lambda argv=argv: mistyped(argv)) for what, argv in COMMAND_LINES]))
+    for name, inputs in INPUTS.items():
+        table.append(tried(f"bad inputs: {name}", [(what, lambda call=call: refused(call)) for what, call in inputs]))
     with tempfile.TemporaryDirectory() as folder:
         table.append(tried("faults of disk, folder, data and training", list(faults(Path(folder)))))
 

@@ -1,6 +1,6 @@
 """What is trained and how: every flag of hta-train, the recipes, and what follows from them (schedules, dtypes, device).
 
-Knows nothing of networks and of the machine. Imports schedule.py, and the ops' limit on copies.
+Knows nothing of networks and of the machine. Imports schedule.py, and what the step refuses.
 """
 
 import math
@@ -13,7 +13,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from .. import schedule as L_schedules
-from ..ops import MAX_COPIES
+from ..couplings import Explicit, Homotopy
+from ..ops import MAX_COPIES, rules_of
+from ..proposals import SGD
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOST = 10**6  # epochs, images in a batch, ...: beyond it a number is a slip of the keyboard
@@ -110,6 +112,7 @@ class Settings:
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         self._check_schedule()
+        self._check_numbers()
 
     def _check_schedule(self) -> None:
         values = 1.0  # before any of them is made: there may be no end to them
@@ -128,6 +131,21 @@ class Settings:
         if self.method != "sgd" and self.L_schedule.epochs > self.epochs:
             least = self.L_schedule.epochs
             raise ValueError(f"epochs must be at least {least}, which the schedule of L takes, got {self.epochs}")
+
+    def _check_numbers(self) -> None:
+        """Refuses what the coupled step would refuse when it comes to it."""
+        if self.method == "sgd":
+            return
+        coupling = Explicit if self.mode == "explicit" else Homotopy
+        for L in (self.L_schedule.values[0], self.L_schedule.values[-1]):
+            try:
+                sgd = SGD(self.lr, self.momentum, self.weight_decay)
+                rules_of(sgd, coupling(L), self.copies, dtype=torch.float32)
+            except ValueError as error:
+                limit = str(error).partition(" must give ")[2]
+                why = f"they must give {limit}" if limit else error
+                numbers = f"lr {self.lr:g} and weight_decay {self.weight_decay:g}"
+                raise ValueError(f"{numbers} cannot go with L {L:g} and mode {self.mode}: {why}") from None
 
     @property
     def L_schedule(self) -> L_schedules.Schedule:
