@@ -1,7 +1,7 @@
 # make train   set up, then train VGG by homotopy beside SGD on scanned digits (ARGS= are hta-train's flags)
 # make test    set up, then run every test (ARGS= are pytest's)
 # make bench   set up, then measure every speed that the README states (RESULTS= is the folder)
-# make stress  set up, then kill, alter, fill up and mistype whatever can be, for some ten minutes
+# make stress  set up, then kill, alter, fill up and mistype whatever can be, for some three minutes
 # make gpu     on a machine with an NVIDIA GPU: build, test, check and measure with the python3 and torch that are there
 # make lint    the linter, the formatter's check and the type checker
 

@@ -1,7 +1,7 @@
 """What the trainer and the ops survive: kills, altered checkpoints, faults of the disk, bad inputs; counted by class.
 
-    python tests/stress.py            some ten minutes
-    python tests/stress.py --quick    two; the tests run it
+    python tests/stress.py            some three minutes
+    python tests/stress.py --quick    half of that; the tests run it
     --seed N                          the same moments and alterations again
 
 Prints a table, and a line for each case that was not as it should be.

@@ -78,6 +78,8 @@ class Run:
     def _load(self, saved: dict[str, Any]) -> None:
         self.phase.load_state(saved["phase"])
         self._enter(self.phase)  # its learning rate may lie elsewhere now
+        if saved["losses"].shape != self.losses.shape:  # which copy_ might repeat
+            raise ValueError(f"losses has shape {tuple(saved['losses'].shape)}, expected {tuple(self.losses.shape)}")
         self.losses.copy_(saved["losses"])
         self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["random"])
