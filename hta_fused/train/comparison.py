@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pickle
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -240,7 +241,8 @@ class Trainer:
             summary = summarise(self.rows, self.settings, self.fingerprint)
             write_json(self.out / "summary.json", summary)
         files = ", ".join(sorted(p.name for p in self.out.iterdir() if not p.name.startswith(".")))
-        self.report(f"\n{table(summary)}\n\n{self.out}: {files}")
+        files = textwrap.fill(f"{self.out}: {files}", 79, subsequent_indent="  ", break_on_hyphens=False)
+        self.report(f"\n{table(summary)}\n\n{files}")
 
 
 def _torch_save(content: Any, path: Path) -> None:
