@@ -20,7 +20,7 @@ def network():
 
 def task(n=16):
     x, y = torch.randn(n, 3, 8, 8), torch.randint(0, 5, (n,))
-    return lambda net: F.cross_entropy(net(x), y)
+    return lambda net: F.cross_entropy(net(x.to(net[0].weight.dtype)), y)
 
 
 def run(optimizer, loss, steps):
@@ -37,7 +37,7 @@ def run_sgd(optimizer, net, loss):
 
 
 def test_decoupled_free_copies_are_two_torch_sgds():
-    model = network()
+    model = network().double()  # in float32 rounding may carry an activation over ReLU's kink
     twins = [copy.deepcopy(model) for _ in range(2)]
     replicas = hta.Replicas(model, 2, {"0.bias": 0}, "zero")
     ours = hta.HomotopySGD(replicas, 0.05, 0.9, 1e-3, nesterov=True, L=math.inf)
@@ -52,7 +52,7 @@ def test_decoupled_free_copies_are_two_torch_sgds():
             run_sgd(optimizer, twin, loss)
     for net, twin in zip(replicas, twins, strict=True):
         for a, b in zip(net.parameters(), twin.parameters(), strict=True):
-            assert relative_error(a.detach(), b.detach()) < 1e-5
+            assert relative_error(a.detach(), b.detach()) < 1e-10
 
 
 def test_the_copies_come_together_as_L_falls_and_merge_at_zero():
