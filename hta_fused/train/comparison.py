@@ -16,7 +16,7 @@ import torch
 from ..files import as_json, save_atomically, write_json, write_text
 from ..kernels import backends
 from . import data
-from .folder import Folder
+from .folder import Folder, Refused
 from .report import curves, describe, processor, summarise, table
 from .run import Job, Run, batches_of, evaluate, network
 from .settings import Settings
@@ -62,7 +62,7 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         progress: Callable[[Job, int, int, int], None] = lambda *_: None,
         report: Callable[[str], None] = print,
-        _folder: Folder | None = None,
+        _begun: tuple[Folder, dict[str, Any]] | None = None,  # the folder of a run that goes on, and its checkpoint
     ):
         if settings.out is None:
             raise ValueError("settings.out must be the folder for the results, got None")
@@ -83,13 +83,12 @@ class Trainer:
             "processor": processor(),
             "instructions": backends()["cpu"],
         }
-        if _folder is None:
+        if _begun is None:
             self.folder = Folder.create(self.out, self._content())
-            self._write_records()
         else:
-            self.folder = _folder
-            self.folder.load(self._take, report)
-            self._write_records()
+            self.folder, content = _begun
+            self._take(content)
+        self._write_records()
         self._tensorboard = _tensorboard(self.out)
 
     @classmethod
@@ -106,12 +105,15 @@ class Trainer:
             BlockingIOError: another process trains in it.
             ValueError: no checkpoint is whole, config.json is not the run's, or the images are not.
         """
-        report = callbacks.get("report", print)
         folder = Folder.open(out)
-        try:
-            settings = folder.load(_settings_of, report)
+
+        def begin(content: dict[str, Any]) -> "Trainer":
+            settings = _settings_of(content)
             _check_record(out / "config.json", settings)
-            return cls(replace(settings, **{**(changes or {}), "out": out}), _folder=folder, **callbacks)
+            return cls(replace(settings, **{**(changes or {}), "out": out}), _begun=(folder, content), **callbacks)
+
+        try:
+            return folder.load(begin, callbacks.get("report", print))
         except BaseException:
             folder.close()
             raise
@@ -209,10 +211,10 @@ class Trainer:
         """Goes on from a checkpoint's content.
 
         Raises:
-            ValueError: it does not fit the images, the settings or itself.
+            Refused: it does not fit the images, the settings or itself.
         """
         if content["data"] != self.fingerprint:
-            raise ValueError(
+            raise Refused(
                 f"the images are not those that it was trained on (fingerprint {self.fingerprint}, was {content['data']})"
             )
         self.done, run = content["done"], None
@@ -221,7 +223,7 @@ class Trainer:
                 run = self._new_run(content["run"])
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 why = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ValueError(f"its run does not fit its settings: {why}") from error
+                raise Refused(f"its run does not fit its settings: {why}") from error
         begun = content["machine"]
         for name in ("torch", "processor", "instructions"):
             if begun[name] != self.machine[name]:
@@ -254,28 +256,28 @@ def _settings_of(content: dict[str, Any]) -> Settings:
     """A checkpoint's settings.
 
     Raises:
-        ValueError: its content is not as `Trainer._content` makes it.
+        Refused: its content is not as `Trainer._content` makes it.
     """
     kinds = {"settings": dict, "data": str, "machine": dict, "rows": list, "done": int, "run": dict | None}
     if not isinstance(content, dict):
-        raise ValueError(f"it is no checkpoint of hta-train: it holds a {type(content).__name__}")
+        raise Refused(f"it is no checkpoint of hta-train: it holds a {type(content).__name__}")
     for name, kind in kinds.items():
         if not isinstance(content.get(name, ...), kind):
-            raise ValueError(
+            raise Refused(
                 f"it is no checkpoint of hta-train, or of another version: {name} is {type(content.get(name)).__name__}"
             )
     if not all(
         isinstance(row, dict) and {"run", "seed", "train_loss", "test_loss"} <= row.keys() for row in content["rows"]
     ):
-        raise ValueError("it is no checkpoint of hta-train, or of another version: its rows are no metrics")
+        raise Refused("it is no checkpoint of hta-train, or of another version: its rows are no metrics")
     if not {"threads", "torch", "processor", "instructions"} <= content["machine"].keys():
-        raise ValueError("it is no checkpoint of hta-train, or of another version: its machine is not described")
+        raise Refused("it is no checkpoint of hta-train, or of another version: its machine is not described")
     try:
         settings = Settings.from_json(content["settings"])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"it is no checkpoint of hta-train, or of another version: {error}") from None
+        raise Refused(f"it is no checkpoint of hta-train, or of another version: {error}") from None
     if not 0 <= content["done"] <= len(jobs(settings)):
-        raise ValueError(f"it says that {content['done']} runs of {len(jobs(settings))} are done")
+        raise Refused(f"it says that {content['done']} runs of {len(jobs(settings))} are done")
     return settings
 
 

@@ -25,6 +25,10 @@ _SEAL_SIZE = len(_SEAL) - 2 + 64
 Content = dict[str, Any]
 
 
+class Refused(ValueError):
+    """A checkpoint is not to be used; says why."""
+
+
 class Folder:
     """A run's folder, which one process at a time holds.
 
@@ -122,31 +126,30 @@ class Folder:
         payload = sealed(content)
         save_atomically(self.checkpoint, lambda partial: partial.write_bytes(payload), keep=self.previous)
 
-    def load(self, check: Callable[[Content], Any], report: Callable[[str], None]) -> Any:
-        """What `check` makes of the newest checkpoint that is whole and that it does not refuse.
+    def load(self, take: Callable[[Content], Any], report: Callable[[str], None]) -> Any:
+        """What `take` makes of the newest checkpoint that is whole and that it does not refuse.
 
         Args:
-            check: raises ValueError for a content that is not to be used.
+            take: raises Refused for a content that is not to be used.
             report: told if the newest does not serve, why, and what does; it is then set aside.
 
         Raises:
-            ValueError: none serves; says why.
+            Refused: none serves; says why.
         """
-        refused: ValueError | None = None
+        refused: Refused | None = None
         for path in (self.checkpoint, self.previous):
             if not path.exists():
                 continue
             try:
-                checked = check(unsealed(path))
-            except ValueError as error:
-                error = ValueError(f"{path}: {error}")
-                refused = refused or error
+                taken = take(unsealed(path))
+            except Refused as error:
+                refused = refused or Refused(f"{path}: {error}")
                 continue
             if refused:
                 aside = self.path / "checkpoint.refused.pt"
                 os.replace(self.checkpoint, aside)
                 report(f"{refused}; {path.name} serves instead, and {aside.name} is what did not")
-            return checked
+            return taken
         assert refused is not None
         raise refused
 
@@ -164,20 +167,20 @@ def unsealed(path: Path) -> Content:
     """What a checkpoint holds; its tensors on the CPU.
 
     Raises:
-        ValueError: it is altered, or no checkpoint; says what was found.
+        Refused: it is altered, or no checkpoint; says what was found.
     """
     payload = path.read_bytes()
     content, seal = payload[:-_SEAL_SIZE], payload[-_SEAL_SIZE:]
     digest = hashlib.sha256(content).hexdigest()
     if not seal.startswith(_SEAL[:9]) or not seal.endswith(b"\n"):
-        raise ValueError(
+        raise Refused(
             f"its {len(payload)} bytes do not end in a SHA-256: it is truncated, altered or no checkpoint of hta-train"
         )
     if seal != _SEAL % digest.encode():
-        raise ValueError(
+        raise Refused(
             f"its content has SHA-256 {digest[:16]}…, expected {seal[9:25].decode(errors='replace')}…: it is altered"
         )
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever an unpickler finds in what only looks like a checkpoint
-        raise ValueError(f"it is no checkpoint of hta-train: {str(error).splitlines()[0]}") from error
+        raise Refused(f"it is no checkpoint of hta-train: {str(error).splitlines()[0]}") from error
