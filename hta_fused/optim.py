@@ -365,11 +365,8 @@ class CoupledOptimizer(torch.optim.Optimizer):
                 steps |= {int(entry["step"])} if "step" in entry else set()
                 for name in names:
                     buffer = entry.get(name)
-                    if buffer is not None and buffer.shape != layout.shapes[i]:
-                        raise ValueError(
-                            f"state_dict's {name} {key} has shape {tuple(buffer.shape)}, "
-                            f"but {layout.names[i]!r} has {tuple(layout.shapes[i])}"
-                        )
+                    if buffer is not None:
+                        self._check_shape(name, key, buffer, i)
                     plan.append((name, i, buffer))
         if len(steps) > 1:
             raise ValueError(f"state_dict's parameters have taken different numbers of steps, {sorted(steps)}")
@@ -513,14 +510,20 @@ class CoupledOptimizer(torch.optim.Optimizer):
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for key, parameter in zip(keys, parameters, strict=False):  # torch itself counts them
+        indices = [i for group in self.param_groups for _ in self.replicas for i in self._indices(group)]
+        for key, i in zip(keys, indices, strict=False):  # torch itself counts them
             for name, value in state_dict["state"].get(key, {}).items():
-                if name != "step" and isinstance(value, Tensor) and value.shape != parameter.shape:
-                    raise ValueError(
-                        f"state_dict's {name} {key} has shape {tuple(value.shape)}, "
-                        f"but the parameter has {tuple(parameter.shape)}"
-                    )
+                if name != "step" and isinstance(value, Tensor):
+                    self._check_shape(name, key, value, i)
+
+    def _check_shape(self, name: str, key: Any, buffer: Tensor, index: int) -> None:
+        """Refuses a state_dict's buffer that is not of the shape of parameter number `index` of the layout."""
+        layout = self.replicas.layout
+        if buffer.shape != layout.shapes[index]:
+            raise ValueError(
+                f"state_dict's {name} {key} has shape {tuple(buffer.shape)}, "
+                f"but {layout.names[index]!r} has {tuple(layout.shapes[index])}"
+            )
 
     def _take_state(self, state_dict: dict[str, Any]) -> None:
         """Brings what a state_dict holds (itself: torch has cast its copies to the parameters' dtype) into the buffers."""
