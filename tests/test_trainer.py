@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import stress
 import torch
 
 from hta_fused.files import as_json, save_atomically, write_json
@@ -163,11 +164,10 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 
 def same_results(a: Path, b: Path) -> None:
-    assert metrics(a) == metrics(b)
-    for file in sorted(a.glob("*-seed*.pt")):
-        first, second = (torch.load(d / file.name, weights_only=True) for d in (a, b))
-        assert all(torch.equal(first[k], second[k]) for k in first), file.name
-    assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
+    first, second = stress.results(a), stress.results(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert stress.same(first[name], second[name]), name
 
 
 def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(tmp_path, seed):
