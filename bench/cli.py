@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hta_fused.files import save_atomically, write_json, write_text
-from hta_fused.ops import MAX_COPIES
+from hta_fused.kernels.reference import MAX_COPIES
 from hta_fused.terminal import Parser, threads, whole_number
 
 from . import measure, plots, rivals, workloads

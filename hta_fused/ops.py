@@ -16,12 +16,12 @@ from torch.autograd import forward_ad
 from .checks import flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy
 from .kernels import kernels, library, reference
+from .kernels.reference import MAX_COPIES
 from .proposals import SGD, Proposal
 
 if TYPE_CHECKING:
     from .partition import Partition
 
-MAX_COPIES = 32  # csrc/arithmetic.h's kMaxCopies
 Rows = Tensor | Sequence[Tensor]
 DTYPES = (torch.float32, torch.float64, *reference.LOW)  # of copies
 

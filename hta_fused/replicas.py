@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.swa_utils import update_bn
 
 from .checks import shown, whole
-from .kernels.reference import LOW
+from .kernels.reference import LOW, MAX_COPIES
 from .layout import Layout, owners_of, trainable
 from .partition import Partition
 
@@ -71,7 +71,7 @@ class Replicas:
         first = trainable(model)
         if not first:
             raise ValueError("model has no parameter that requires a gradient")
-        copies = whole("copies", copies, 1, 32)
+        copies = whole("copies", copies, 1, MAX_COPIES)
         kinds = {(p.dtype, p.device) for p in first.values()}
         if len(kinds) > 1:
             found = ", ".join(f"{dtype} on {device}" for dtype, device in sorted(kinds, key=str))

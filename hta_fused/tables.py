@@ -1,5 +1,5 @@
 """The implicit step's map written out: what each label does to the proposals. Documentation in numbers; the kernels use
-the four numbers a copy that `couplings.Homotopy` returns, which multiply out to this. Imports checks.py and couplings.py."""
+the four numbers a copy that `couplings.Homotopy` returns, which multiply out to this."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 
 from .checks import number, whole
 from .couplings import Homotopy
+from .kernels.reference import MAX_COPIES
 
 
 def implicit(L: float, lr: float, copies: int = 2) -> torch.Tensor:
@@ -27,7 +28,7 @@ def implicit(L: float, lr: float, copies: int = 2) -> torch.Tensor:
     Raises:
         ValueError: L is negative or NaN, or lr is not a positive finite number.
     """
-    lr, copies = number("lr", lr), whole("copies", copies, 1, 32)
+    lr, copies = number("lr", lr), whole("copies", copies, 1, MAX_COPIES)
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")
     read, keep, share, pull, _ = Homotopy(L).rules(copies, lr)[:, :copies].unbind(-1)

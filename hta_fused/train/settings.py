@@ -14,7 +14,8 @@ import torch
 
 from .. import schedule as L_schedules
 from ..couplings import Explicit, Homotopy
-from ..ops import MAX_COPIES, rules_of
+from ..kernels.reference import MAX_COPIES
+from ..ops import rules_of
 from ..proposals import SGD
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
