@@ -6,6 +6,9 @@ one label cost nothing: a code for each tile of 1024 elements says it. Tiles tha
 draw labels by a hash of (seed, element), which costs nothing either and can be drawn anew at every step.
 """
 
+import copy
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
@@ -18,12 +21,17 @@ from .layout import Layout, owners_of, trainable
 
 Part = str | Callable[[str], bool]
 
+_CONVOLUTION = nn.modules.conv._ConvNd
+_NO_LAYER = (_CONVOLUTION, nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # though they may hold 2-D weights
+
 
 class Partition:
     """The label of each element of a flat buffer. Make one with the class methods; they take the model it is for.
 
     `part` restricts a partition to a part of the model, and labels the rest 0: "conv" (convolutions), "classifier"
-    (fully connected layers), or a function of the parameter's name that returns a bool.
+    (nn.Linear), or a function of the parameter's name that returns a bool.
+
+    `name` is the class method's that made it ("random_units" for units), or "labels"; `why` is what `auto` decided by.
     """
 
     def __init__(self, labels: Tensor, layout: Layout | None = None, *, blocks: int | None = None):
@@ -35,7 +43,7 @@ class Partition:
         if layout is not None and not isinstance(layout, Layout):
             raise TypeError(f"layout must be a Layout, got {shown(layout)}")
         if blocks is not None:
-            whole("blocks", blocks, 1, 255)
+            blocks = whole("blocks", blocks, 1, 255)
         largest = int(labels.amax()) if labels.numel() else 0
         if blocks is not None and largest > blocks:
             raise ValueError(f"labels must be at most {blocks}, the number of blocks, got {largest}")
@@ -43,6 +51,7 @@ class Partition:
         self.numel = labels.numel()
         self.layout = layout
         self.seed: Tensor | None = None  # of the hashed labels
+        self.name, self.why = "labels", ""
         missing = -self.numel % TILE
         tiles = torch.cat([labels, labels[-1:].expand(missing)]).view(-1, TILE)
         low = tiles.amin(1) if len(tiles) else tiles.new_empty(0)
@@ -54,11 +63,30 @@ class Partition:
     # ------------------------------------------------------------------------------------------------------ makers
 
     @classmethod
+    def auto(cls, model: nn.Module, part: Part | None = None, *, blocks: int = 2) -> "Partition":
+        """The one that fits the model: `conv_blocks` where at least a quarter of the weight layers (convolutions and
+        fully connected layers, see `layer_blocks`) are convolutions; else `layer_blocks` where there is a fully connected
+        layer for each block; else `random`. With a `part`, its layers alone count."""
+        whole("blocks", blocks, 1, 255)
+        if not _owners(model, part, lambda owner, p: p.dim() >= 2):
+            raise ValueError(
+                _found_no("auto", "weight of two or more dimensions", part) + "; give labels by name instead"
+            )
+        convolutions = len(_owners(model, part, _is_kernel))
+        layers = len(_owners(model, part, _is_matrix))
+        if convolutions and 3 * convolutions >= layers:
+            result = cls.conv_blocks(model, part, blocks=blocks)
+        else:
+            result = (cls.layer_blocks if layers >= blocks else cls.random)(model, part, blocks=blocks)
+        result.why = f"convolutions: {convolutions}, fully connected layers: {layers}, blocks: {blocks}"
+        return result
+
+    @classmethod
     def conv_blocks(cls, model: nn.Module, part: Part | None = None, *, blocks: int = 2) -> "Partition":
         """The paper's §2.1: each convolution kernel's output channels in `blocks` runs, one after the other."""
 
         def label(name: str, owner: nn.Module, p: Tensor) -> Tensor | None:
-            if not isinstance(owner, nn.modules.conv._ConvNd) or p.dim() < 3:
+            if not _is_kernel(owner, p):
                 return None
             channel_dim = 1 if owner.transposed else 0
             shape = [p.shape[channel_dim] if d == channel_dim else 1 for d in range(p.dim())]
@@ -68,13 +96,18 @@ class Partition:
 
     @classmethod
     def layer_blocks(cls, model: nn.Module, part: Part | None = None, *, blocks: int = 2) -> "Partition":
-        """The paper's §2.2: the weights of the fully connected layers in `blocks` runs of layers."""
-        trainable(model)  # raises where this is no module
-        layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        block = {id(layer): b for layer, b in zip(layers, _runs(len(layers), blocks), strict=True)}
+        """The paper's §2.2: the weights of the fully connected layers in `blocks` runs of layers, as the model has them.
+
+        A layer is each module that itself holds a trainable 2-D parameter: nn.Linear, but also Hugging Face's Conv1D,
+        nn.MultiheadAttention, an LSTM, a linear layer of your own. Not convolutions, embeddings and normalisations; nor a
+        layer whose weight is tied to another's before it. (Tables that a module holds as a bare 2-D parameter count.)
+        """
+        whole("blocks", blocks, 1, 255)
+        layers = _owners(model, part, _is_matrix)
+        block = dict(zip(layers, _runs(len(layers), blocks), strict=True))
 
         def label(name: str, owner: nn.Module, p: Tensor) -> Tensor | None:
-            return block[id(owner)] if isinstance(owner, nn.Linear) and p.dim() >= 2 else None
+            return block.get(id(owner)) if _is_matrix(owner, p) else None
 
         return cls._label(model, label, part, "layer_blocks", "fully connected layer", blocks)
 
@@ -109,7 +142,8 @@ class Partition:
             others = 2 + ((drawn - p) / (1 - p) * (blocks - 1)).clamp(0, max(0, blocks - 2)).byte()
             return torch.where(drawn < p, 1, others).byte() if blocks > 1 else torch.ones_like(drawn).byte()
 
-        return cls._label(model, label, part, "random", "weight of two or more dimensions", blocks)
+        maker = "random" if by == "element" else "random_units"
+        return cls._label(model, label, part, maker, "weight of two or more dimensions", blocks)
 
     @classmethod
     def hashed(cls, model: nn.Module, part: Part | None = None, *, seed: int = 0, blocks: int = 2) -> "Partition":
@@ -118,7 +152,7 @@ class Partition:
         whole("blocks", blocks, 1, 255)
         result = cls._label(model, lambda name, owner, p: torch.tensor(255) if p.dim() >= 2 else None, part, "hashed",
                             "weight of two or more dimensions", 255)  # fmt: skip
-        result.blocks = blocks
+        result.blocks = int(blocks)
         result.codes[result.codes[:, 1] == 255, 1] = HASHED
         result.seed = torch.tensor([_seed(seed)], dtype=torch.int64, device="cpu")
         return result
@@ -193,10 +227,10 @@ class Partition:
             end = layout.offsets[i] + view.numel()
             flat[end : layout.tiles(i).stop * TILE] = flat[end - 1]  # so that a tile's padding does not mix it
         if wanted and not found:
-            raise ValueError(
-                f"partition {maker!r} found no {wanted} in the model" + (f" part {part!r}" if part else "")
-            )
-        return cls(flat, layout, blocks=blocks)
+            raise ValueError(_found_no(maker, wanted, part))
+        result = cls(flat, layout, blocks=blocks)
+        result.name = maker
+        return result
 
     # ------------------------------------------------------------------------------------------------------- uses
 
@@ -215,42 +249,63 @@ class Partition:
         layout = self._named()
         return dict(zip(layout.names, layout.views(self.flat()), strict=True))
 
+    def anchored(self, copies: int | None = None) -> tuple[int, ...]:
+        """How many elements each copy has anchored: those of the blocks on which another one is free
+        (couplings.free_block). By default there are as many copies as blocks."""
+        copies = self.blocks if copies is None else whole("copies", copies, self.blocks, 255)
+        totals = [sum(column) for column in zip(*self._counts(), strict=True)]
+        free = [1 + (j + 1) % copies for j in range(copies)]
+        return tuple(sum(n for b, n in enumerate(totals) if b not in (0, f)) for f in free)
+
+    def digest(self) -> Tensor:
+        """What tells this partition from others, the same on every machine: int64 [1], on the CPU, a hash of the layout,
+        the blocks and the labels. Hashed labels' seed is a state of its own and is not part of it."""
+        layout = self.layout and [self.layout.names, self.layout.shapes, self.layout.strides, self.layout.offsets]
+        digest = hashlib.sha256(json.dumps([layout, self.numel, self.blocks]).encode())
+        digest.update(self.codes[:, 1].cpu().numpy().astype("<i4").tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.cpu().numpy().tobytes())
+        number = int.from_bytes(digest.digest()[:8], "little", signed=True)
+        return torch.tensor([number], dtype=torch.int64, device="cpu")
+
     def to(self, device: torch.device | str) -> "Partition":
         """This partition with its tensors on a device."""
         if self.codes.device == torch.device(device):
             return self
-        moved = object.__new__(Partition)
-        moved.numel, moved.layout, moved.blocks = self.numel, self.layout, self.blocks
+        moved = copy.copy(self)
         moved.codes = self.codes.to(device)
         moved.labels = None if self.labels is None else self.labels.to(device)
         moved.seed = None if self.seed is None else self.seed.to(device)
         return moved
 
     def describe(self) -> None:
-        """Prints a table: tensor, shape, and how many of its elements have each label."""
+        """Prints a table: tensor, shape, and how many of its elements have each label. Then what made the partition, and
+        how many elements each copy has anchored."""
         print(self.table())
 
     def table(self) -> str:
         """What `describe` prints."""
-        count = self.blocks + 1
-        rows = [
-            (
-                name,
-                "×".join(map(str, labels.shape)) or "scalar",
-                *torch.bincount(labels.flatten().long(), minlength=count).tolist(),
-            )
-            for name, labels in self.by_name().items()
-        ]
-        rows.append(("total", "", *(sum(row[c] for row in rows) for c in range(2, 2 + count))))
-        table = [("tensor", "shape", "0 coupled", *(f"block {b}" for b in range(1, count)))]
-        table += [(name, shape, *(f"{c:,}" for c in counts)) for name, shape, *counts in rows]
-        widths = [max(len(row[c]) for row in table) for c in range(2 + count)]
-        return "\n".join(
+        layout, counts = self._named(), self._counts()
+        shapes = ["×".join(map(str, shape)) or "scalar" for shape in layout.shapes]
+        totals = [sum(row[b] for row in counts) for b in range(self.blocks + 1)]
+        table = [["tensor", "shape", "0 coupled", *(f"block {b}" for b in range(1, self.blocks + 1))]]
+        for name, shape, row in zip([*layout.names, "total"], [*shapes, ""], [*counts, totals], strict=True):
+            table.append([name, shape, *(f"{n:,}" for n in row)])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
             "  ".join(
                 cell.ljust(w) if c < 2 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
             )
             for row in table
-        )
+        ]
+        lines.append(f"partition: {self.name}" + (f", chosen by auto ({self.why})" if self.why else ""))
+        anchored = ", ".join(f"{n:,} in copy {j}" for j, n in enumerate(self.anchored()))
+        return "\n".join([*lines, f"anchored of {sum(totals):,} elements: {anchored}"])
+
+    def _counts(self) -> list[list[int]]:
+        """How many elements of each tensor have each label; the padding between tensors does not count."""
+        tensors = [self.flat()] if self.layout is None else self.by_name().values()
+        return [torch.bincount(labels.flatten().long(), minlength=self.blocks + 1).tolist() for labels in tensors]
 
     def _named(self) -> Layout:
         if self.layout is None:
@@ -259,7 +314,26 @@ class Partition:
 
     def __repr__(self) -> str:
         mixed = 0 if self.labels is None else len(self.labels)
-        return f"Partition({self.numel:,} elements, {len(self.codes):,} tiles, {mixed:,} of them mixed)"
+        return f"Partition({self.name}, {self.numel:,} elements, {len(self.codes):,} tiles, {mixed:,} of them mixed)"
+
+
+def _is_kernel(owner: nn.Module, p: Tensor) -> bool:
+    return isinstance(owner, _CONVOLUTION) and p.dim() >= 3
+
+
+def _is_matrix(owner: nn.Module, p: Tensor) -> bool:
+    return p.dim() == 2 and not isinstance(owner, _NO_LAYER)
+
+
+def _owners(model: nn.Module, part: Part | None, wanted: Callable[[nn.Module, Tensor], bool]) -> list[int]:
+    """The ids of the modules that are first to hold a wanted trainable parameter of the part, in the model's order."""
+    parameters, owners, inside = trainable(model), owners_of(model), _part(model, part)
+    named = [(owners[id(p)], p) for name, p in parameters.items() if inside(name) and p.numel()]
+    return list(dict.fromkeys(id(owner) for owner, p in named if wanted(owner, p)))
+
+
+def _found_no(maker: str, wanted: str, part: Part | None) -> str:
+    return f"partition {maker!r} found no {wanted} in the model" + (f" part {part!r}" if part else "")
 
 
 def _part(model: nn.Module, part: Part | None) -> Callable[[str], bool]:
@@ -267,7 +341,7 @@ def _part(model: nn.Module, part: Part | None) -> Callable[[str], bool]:
         return lambda name: True
     if callable(part):
         return part
-    kinds: dict[str, type] = {"conv": nn.modules.conv._ConvNd, "classifier": nn.Linear}
+    kinds: dict[str, type] = {"conv": _CONVOLUTION, "classifier": nn.Linear}
     if not isinstance(part, str) or part not in kinds:
         raise ValueError(f"part must be one of {', '.join(kinds)}, or a function of a name, got {shown(part)}")
     owners = owners_of(model)
@@ -286,6 +360,7 @@ def _runs(count: int, blocks: int) -> Tensor:
 
 
 BY_NAME: dict[str, Callable[..., Partition]] = {
+    "auto": Partition.auto,
     "conv_blocks": Partition.conv_blocks,
     "layer_blocks": Partition.layer_blocks,
     "random": Partition.random,
