@@ -56,13 +56,13 @@ def test_rebind_takes_replaced_parameters_back(how, compute_dtype):
         assert torch.equal(replicas.params, before)
     twin.replicas.params.copy_(replicas.params)
     for row, net in enumerate(replicas):
-        for p, mine in zip(trainable(net).values(), replicas.parameters[row], strict=True):
+        for p, mine in zip(trainable(net).values(), replicas.trained[row], strict=True):
             assert p is mine
         assert net.tied.weight is net.fc.weight
     if compute_dtype is None:
         replicas.eta.norm.float()  # its statistics
         assert torch.equal(train(optimizer, loss), train(twin, loss))
-        for p, view in zip(replicas.parameters[1], replicas.layout.views(replicas.params[1]), strict=True):
+        for p, view in zip(replicas.trained[1], replicas.layout.views(replicas.params[1]), strict=True):
             assert p.data_ptr() == view.data_ptr()
 
 
@@ -413,7 +413,7 @@ def test_fake_tensors_pass_through_the_ops():
 
 
 def test_fake_tensors_are_refused_by_replicas():
-    with FakeTensorMode(), pytest.raises(TypeError, match="real tensors"):
+    with FakeTensorMode(), pytest.raises(TypeError, match="must be a real tensor, got a fake one"):
         hta.Replicas(nn.Linear(3, 3))
     optimizer = hta.HomotopySGD(hta.Replicas(Net()), 0.1)
     before = optimizer.replicas.params.clone()
