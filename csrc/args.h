@@ -29,7 +29,7 @@ enum Proposal : int32_t { kSgd, kAdamW };
 enum Phase : int32_t { kPropose = 1, kShare = 2 };  // of a step; with one copy per process they are two calls
 
 // T: the copies, states and anchor. G: the gradients. `rules` holds, for each group, kNumbers of the proposal, then
-// [labels, copies + 1, kRule], the centre's last; labels = copies + 1.
+// [blocks + 1, copies + 1, kRule], the centre's last. There are as many blocks as copies, but where these are one process's.
 template <class T, class G = T>
 struct StepArgs {
   T* copies[kMaxCopies];
@@ -49,6 +49,7 @@ struct StepArgs {
   double* partial;
   int32_t* nonfinite;
   int32_t m;
+  int32_t blocks;
   int32_t proposal;
   int32_t phase;
   int32_t explicit_mode;
@@ -98,7 +99,7 @@ struct BatchArgs {
   int64_t padding;
 };
 
-HTA_INLINE constexpr int64_t rules_width(int64_t m) { return kNumbers + (m + 1) * (m + 1) * kRule; }
+HTA_INLINE constexpr int64_t rules_width(int64_t m, int64_t blocks) { return kNumbers + (blocks + 1) * (m + 1) * kRule; }
 
 namespace cpu {
 // sums: the anchor's and the pairs' squares; NaN if a gradient was not finite, else 0.

@@ -81,7 +81,7 @@ class Place {
   }
 
   // On a GPU nobody looks at the codes here: that would wait for the device. Its kernels take care themselves.
-  hta::Pattern pattern(Optional codes, Optional bytes, Optional seed, int64_t n, int64_t m, int64_t groups) const {
+  hta::Pattern pattern(Optional codes, Optional bytes, Optional seed, int64_t n, int64_t blocks, int64_t groups) const {
     const int64_t tiles = (n + hta::kTile - 1) / hta::kTile;
     if (!codes) return {nullptr, data<uint8_t>(bytes, n, "labels"), nullptr, 0};
     const auto* code = data<int32_t>(*codes, 2 * tiles, "codes");
@@ -89,7 +89,7 @@ class Place {
     for (int64_t tile = 0; on_cpu_ && tile < tiles; ++tile) {  // 8 bytes of each 44 KiB
       const int64_t group = code[2 * tile], label = code[2 * tile + 1];
       STD_TORCH_CHECK(0 <= group && group < groups && ~label < rows &&
-                          (label <= m || (label == hta::kHashed && seed)),
+                          (label <= blocks || (label == hta::kHashed && seed)),
                       "codes of tile ", tile, " name a group, a label or a row of labels that is not there");
     }
     return {code, data<uint8_t>(bytes, rows * hta::kTile, "labels"), data<int64_t>(seed, 1, "seed"), rows};
@@ -119,9 +119,12 @@ hta::StepArgs<T, G> step_args(const std::vector<Tensor>& copies, const std::vect
                               int64_t proposal, bool explicit_mode, bool guard, int64_t phase) {
   const Place place(copies[0]);
   const auto [m, n] = shape_of(copies);
-  const int64_t width = hta::rules_width(m), groups = rules.numel() / width;
+  STD_TORCH_CHECK(rules.dim() == 2 && rules.size(0) > 0, "rules must be a 2-D tensor, a row for each group");
+  const int64_t groups = rules.size(0), width = rules.size(1);
+  const int64_t blocks = (width - hta::kNumbers) / ((m + 1) * hta::kRule) - 1;
   hta::StepArgs<T, G> args{};
-  STD_TORCH_CHECK(groups > 0 && groups * width == rules.numel(), "rules must have rows of ", width, " numbers");
+  STD_TORCH_CHECK(m <= blocks && blocks <= hta::kMaxCopies && hta::rules_width(m, blocks) == width,
+                  "rules must have rows of ", hta::rules_width(m, m), " numbers, got ", width);
   place.rows(copies, n, args.copies, hta::kMaxCopies, "copies");
   STD_TORCH_CHECK(proposal == hta::kSgd || proposal == hta::kAdamW, "proposal must be 0 or 1, got ", proposal);
   STD_TORCH_CHECK(0 < phase && phase < 4, "phase must be 1, 2 or 3, got ", phase);
@@ -137,7 +140,7 @@ hta::StepArgs<T, G> step_args(const std::vector<Tensor>& copies, const std::vect
   args.anchor = place.data<T>(anchor, n, "anchor");
   args.centre = place.data<T>(centre, n, "centre");
   args.sums = place.data<T>(sums, n, "sums");
-  args.pattern = place.pattern(codes, labels, seed, n, m, groups);
+  args.pattern = place.pattern(codes, labels, seed, n, blocks, groups);
   args.rules = place.data<hta::arithmetic_t<T>>(rules, groups * width, "rules");
   args.groups = groups;
   args.n = n;
@@ -145,6 +148,7 @@ hta::StepArgs<T, G> step_args(const std::vector<Tensor>& copies, const std::vect
   args.found_inf = place.scalar(found_inf, "found_inf");
   args.stats = place.data<double>(stats, 4, "stats");
   args.m = m;
+  args.blocks = blocks;
   args.proposal = proposal;
   args.phase = phase;
   args.explicit_mode = explicit_mode;
@@ -163,7 +167,7 @@ hta::PenaltyArgs<T> penalty_args(const std::vector<Tensor>& copies, const std::v
   STD_TORCH_CHECK(place.rows(grads, n, args.grads, hta::kMaxCopies, "grads") == m, "grads must have ", m, " rows");
   args.anchor = place.data<T>(anchor, n, "anchor");
   args.pattern = place.pattern(codes, labels, seed, n, m, 1);
-  args.rules = place.data<hta::arithmetic_t<T>>(rules, hta::rules_width(m), "rules");
+  args.rules = place.data<hta::arithmetic_t<T>>(rules, hta::rules_width(m, m), "rules");
   args.n = n;
   args.m = m;
   args.accumulate = accumulate;

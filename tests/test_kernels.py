@@ -170,6 +170,46 @@ def test_a_step_cut_at_its_sum_is_the_whole_step(backend, m, proposal):
     assert_same(cut, whole)
 
 
+@each_kernel
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("m", [2, 3, 5])
+@pytest.mark.parametrize("proposal", ["momentum", "adamw"])
+@pytest.mark.parametrize("coupling", ["homotopy", "elastic"])
+def test_copies_by_themselves_whose_parts_are_summed_are_the_whole_step(backend, coupling, m, proposal, kind):
+    """As one process for each copy does it: each knows m blocks and its own rules only."""
+    skip_slow(backend, m == 3, kind in ("mixed", "hashed"))
+    proposal, coupling, n = PROPOSALS[proposal], COUPLINGS[coupling], 2500
+    tensors = tensors_of(m, n, torch.float32, proposal)
+    labels, _ = pattern(kind, n, m)
+    codes, bytes_, seed = ops._pattern(labels, tensors["copies"][0], m)
+    rules = ops.rules_of(proposal, coupling, m, 3)[None].to(tensors["anchor"].device, torch.float32)
+    step = kernels.kernels(tensors["copies"]).step_
+
+    def run(used, rows, rules, sums, phase):
+        copies, grads = used["copies"][rows], used["grads"][rows]
+        states = [v for buffer in used["states"] for v in buffer[rows]] if phase & 1 else []
+        moved = used["anchor"] if coupling.moves_anchor and phase & 2 else None
+        step([*copies], [*grads] if phase & 1 else [], states, [], used["anchor"], moved, sums, codes, bytes_, seed,
+             rules, None, None, used["stats"], proposal.kernel, False, False, phase)  # fmt: skip
+
+    whole, cut = clones(tensors), clones(tensors)
+    for used in (whole, cut):
+        states = used["states"]
+        used["states"] = states if isinstance(states, list) else [states]
+    run(whole, slice(0, m), rules, None, 3)
+    sums = torch.zeros(m, n)
+    for j in range(m):
+        run(cut, slice(j, j + 1), reference.rules_of_copy(rules, m, j), sums[j], reference.PROPOSE)
+    total = sums[0].clone()
+    for j in range(1, m):
+        total += sums[j]
+    for j in range(m):
+        used = {**cut, "anchor": cut["anchor"].clone()}  # each process has its own
+        run(used, slice(j, j + 1), reference.rules_of_copy(rules, m, j), total, reference.SHARE)
+        assert torch.equal(used["anchor"], whole["anchor"])
+    assert_same(cut, {name: whole[name] for name in ("copies", "states")})
+
+
 @needs_gpu_backend
 @pytest.mark.parametrize("proposal", ["sgd", "momentum", "adamw"])
 @pytest.mark.parametrize("low", LOW)
@@ -442,7 +482,7 @@ def compile(kernel, cc, constants, rows=0, states=1, **types):
 W = tl.float32
 flags = dict(WORK=W, EXPLICIT=False, PROPOSES=True, SHARES=True, STATES=True, ANCHOR=True, CENTRE=False, SUMS=False, CODES=True,
              SEED=False)
-CASES = [(t.step_kernel, {**flags, "M": m, "ADAMW": adamw, "LOW": low, "LABELS": labels, "SCALE": low, "FOUND": low, "GUARD": not low},
+CASES = [(t.step_kernel, {**flags, "M": m, "BLOCKS": m, "ADAMW": adamw, "LOW": low, "LABELS": labels, "SCALE": low, "FOUND": low, "GUARD": not low},
           dict(rows=m, states=2 if adamw else 1, **({"low": "*bf16", "grads": "*bf16"} if low else {})),
           ((3 if adamw else 2) * m + 1 + (0 if low else m), (3 if adamw else 2) * m))
          for m, adamw, low, labels in [(2, False, False, False), (2, False, True, True), (2, True, False, True), (4, False, False, True),

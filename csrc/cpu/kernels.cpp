@@ -125,7 +125,7 @@ void over_chunks(int64_t n, double sums[3], const Loop& loop) {
 template <class P, bool kStates, class T>
 auto step_loop(const StepArgs<T>& args) {
   if (args.explicit_mode) return HTA_PICK(step_range<P, kStates, true, T>);
-  if (args.phase == (kPropose | kShare)) {
+  if (args.phase == (kPropose | kShare) && args.blocks == args.m) {
     if (args.m == 1) return HTA_PICK(step_range_together<P, kStates, 1, T>);
     if (args.m == 2) return HTA_PICK(step_range_together<P, kStates, 2, T>);
     if (args.m == 3) return HTA_PICK(step_range_together<P, kStates, 3, T>);

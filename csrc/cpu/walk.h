@@ -85,13 +85,13 @@ template <class T> struct Tile {
   const T* anchor;  // of this tile; zeros where there is none
   int64_t start, count;
 
-  void open(const Pattern& pattern, const T* rules, int32_t copies, const T* anchors, int64_t start_, int64_t end) {
-    m = copies, labels = copies + 1, start = start_, count = std::min(kTile, end - start);
+  void open(const Pattern& pattern, const T* rules, int32_t copies, int32_t blocks, const T* anchors, int64_t start_, int64_t end) {
+    m = copies, labels = blocks + 1, start = start_, count = std::min(kTile, end - start);
     anchor = anchors ? anchors + start : zeros;
     const int64_t at = start / kTile;
     const int32_t group = pattern.codes ? pattern.codes[2 * at] : 0;
     uniform = pattern.codes ? pattern.codes[2 * at + 1] : pattern.bytes ? -1 : 0;
-    numbers = rules + group * rules_width(m);
+    numbers = rules + group * rules_width(m, blocks);
     if (uniform < 0) {
       label = pattern.bytes + kTile * (pattern.codes ? ~uniform : at);
       uniform = -1;
@@ -99,7 +99,7 @@ template <class T> struct Tile {
     } else if (uniform == kHashed) {
       uniform = -1, label = hashed;
       const HashKeys keys = hash_keys(*pattern.seed, at);
-      for (uint32_t i = 0; i < kTile; ++i) hashed[i] = hashed_label(keys, i, uint32_t(m));
+      for (uint32_t i = 0; i < kTile; ++i) hashed[i] = hashed_label(keys, i, uint32_t(blocks));
     }
   }
 
@@ -120,7 +120,7 @@ template <class T> struct Tile {
     std::fill(reads, reads + count, T(0));
   }
 
-  const T* rule(int32_t of_label, int32_t j) const { return numbers + kNumbers + (of_label * labels + j) * kRule; }
+  const T* rule(int32_t of_label, int32_t j) const { return numbers + kNumbers + (of_label * (m + 1) + j) * kRule; }
 };
 
 // One row's rule over a tile: the same for all elements, or each element's own, looked up by its label.
@@ -349,7 +349,7 @@ void step_range_together(const StepArgs<T>& args, int64_t begin, int64_t end, do
   Mixed<T, kCopies + 1> mixed[kCopies + 1];
   const T* numbers = nullptr;  // whose rules `mixed` holds
   for (int64_t start = begin; start < end; start += tile.count) {
-    tile.open(args.pattern, args.rules, args.m, args.anchor, start, end);
+    tile.open(args.pattern, args.rules, kCopies, kCopies, args.anchor, start, end);
     if (tile.uniform >= 0) {
       tile.extend(args.pattern, end);
       for (int j = 0; j <= kCopies; ++j) uniform[j] = {tile, j};
@@ -378,7 +378,7 @@ void step_range(const StepArgs<T>& args, int64_t begin, int64_t end, double sums
     Sum<T> poison;
     const int64_t tiles = std::min<int64_t>(kBlock, (end - start + kTile - 1) / kTile);
     for (int64_t b = 0; b < tiles; ++b)
-      block[b].open(args.pattern, args.rules, m, args.anchor, start + b * kTile, end);
+      block[b].open(args.pattern, args.rules, m, args.blocks, args.anchor, start + b * kTile, end);
     // One row of the block after the other. Copy 0 comes last where the others' gradients need it as it was.
     const auto rows = [&](bool descending, const auto& work) __attribute__((always_inline)) {
       for (int32_t i = 0; i < m; ++i)
@@ -444,7 +444,7 @@ double penalty_range(const PenaltyArgs<T>& args, int64_t begin, int64_t end) {
   double sum = 0;
   for (int64_t start = begin; start < end; start += kTile) {
     Sum<T> energy;
-    tile.open(args.pattern, args.rules, args.m, args.anchor, start, end);
+    tile.open(args.pattern, args.rules, args.m, args.m, args.anchor, start, end);
     tile.uniform >= 0 ? penalty_tile<Uniform>(args, tile, energy) : penalty_tile<Mixed>(args, tile, energy);
     sum += energy.total();
   }

@@ -104,7 +104,7 @@ struct Labels {
   bool mixed = false;
   typename Bytes<kLanes>::type packed = 0;
 
-  HTA_DEVICE Labels(const Pattern& pattern, int64_t groups, int32_t m, int64_t i) {
+  HTA_DEVICE Labels(const Pattern& pattern, int64_t groups, int32_t blocks, int64_t i) {
     int32_t uniform = 0;
     const uint8_t* bytes = pattern.bytes ? pattern.bytes + i : nullptr;
     if (pattern.codes) {
@@ -117,19 +117,19 @@ struct Labels {
     if (mixed) {
       const HashKeys keys = hash_keys(*pattern.seed, i / kTile);
       for (int lane = 0; lane < kLanes; ++lane)
-        packed |= typename Bytes<kLanes>::type(hashed_label(keys, uint32_t(i % kTile + lane), uint32_t(m))) << (8 * lane);
+        packed |= typename Bytes<kLanes>::type(hashed_label(keys, uint32_t(i % kTile + lane), uint32_t(blocks))) << (8 * lane);
     } else if (bytes) {
       mixed = true;
       if (kLanes == 1) packed = *bytes;
       else packed = *reinterpret_cast<const typename Bytes<kLanes>::type*>(bytes);
     } else {
-      packed = uniform >= 0 && uniform <= m ? uniform : 0;
+      packed = uniform >= 0 && uniform <= blocks ? uniform : 0;
     }
   }
 
-  HTA_DEVICE int32_t of(int lane, int32_t m) const {
+  HTA_DEVICE int32_t of(int lane, int32_t blocks) const {
     const int32_t label = int32_t(packed >> (8 * lane)) & 0xff;
-    return label <= m ? label : m;
+    return label <= blocks ? label : blocks;
   }
 };
 
@@ -141,11 +141,11 @@ HTA_DEVICE Rule<A> rule_of(const A* group, int32_t m, int32_t label, int32_t j) 
 
 // Calls body(lane, rule) with row j's rule for each lane.
 template <int kLanes, class A, class Body>
-HTA_DEVICE void each_lane(const Labels<kLanes>& labels, const A* group, int32_t m, int32_t j, const Body& body) {
-  Rule<A> rule = rule_of(group, m, labels.of(0, m), j);
+HTA_DEVICE void each_lane(const Labels<kLanes>& labels, const A* group, int32_t m, int32_t blocks, int32_t j, const Body& body) {
+  Rule<A> rule = rule_of(group, m, labels.of(0, blocks), j);
 #pragma unroll
   for (int lane = 0; lane < kLanes; ++lane) {
-    if (lane > 0 && labels.mixed) rule = rule_of(group, m, labels.of(lane, m), j);
+    if (lane > 0 && labels.mixed) rule = rule_of(group, m, labels.of(lane, blocks), j);
     body(lane, rule);
   }
 }
@@ -193,7 +193,7 @@ template <class T, class G, class P, int kCopies, bool kExplicit>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies>) step_kernel(const StepArgs<T, G> args) {
   using A = arithmetic_t<T>;
   constexpr int kHeld = kCopies ? kCopies : 1, kAtOnce = kTogether<T, P, kCopies>;
-  const int32_t m = args.m, end = kCopies ? kCopies : m;
+  const int32_t m = args.m, blocks = kCopies ? m : args.blocks, end = kCopies ? kCopies : m;
   const bool skip = skipped(args), proposes = kCopies || args.phase & kPropose, shares = kCopies || args.phase & kShare;
   const A inverse_scale = A(1.0 / args.grad_scale.get(1)), part = A(1) / A(m);
   const bool wide = aligned(args.copies, m) && aligned(args.grads, proposes ? m : 0) && aligned(args.low, m) &&
@@ -210,8 +210,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies>) step_kern
     if (args.anchor) anchor = load<kLanes>(args.anchor + i);
     if (!proposes) sum = load<kLanes>(args.sums + i);
     if (skip) return;
-    const Labels<kLanes> labels(args.pattern, args.groups, m, i);
-    const A* const group = args.rules + labels.group * rules_width(m);
+    const Labels<kLanes> labels(args.pattern, args.groups, blocks, i);
+    const A* const group = args.rules + labels.group * rules_width(m, blocks);
     const auto& number = *reinterpret_cast<const typename P::template Numbers<A>*>(group);
 
     A a[kHeld][kLanes], z[kLanes], s[kLanes], first[kLanes], gaps[kLanes], reads[kLanes], squares[kLanes];
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies>) step_kern
 #pragma unroll 1
       for (int32_t j = 0; j < m; ++j) {
         const auto copy = load<kLanes>(args.copies[j] + i);
-        each_lane(labels, group, m, j, [&](int lane, const Rule<A>& rule) {
+        each_lane(labels, group, m, blocks, j, [&](int lane, const Rule<A>& rule) {
           const A value = widen(copy.lane[lane]);
           s[lane] += rule.read * value;
           gaps[lane] += rule.read * (value - first[lane]);
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies>) step_kern
         return;
       }
       const A scale = inverse_scale * number.sign;
-      each_lane(labels, group, m, j, [&](int lane, const Rule<A>& rule) {
+      each_lane(labels, group, m, blocks, j, [&](int lane, const Rule<A>& rule) {
         const A x = widen(batch.x[k].lane[lane]);
         A g = A(widen(batch.g[k].lane[lane])) * scale;
         poison += g - g;
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies>) step_kern
       }
       Pack<T, kLanes> x;
       Pack<G, kLanes> low;  // of another type than the copies, or not wanted
-      each_lane(labels, group, m, j, [&](int lane, const Rule<A>& rule) {
+      each_lane(labels, group, m, blocks, j, [&](int lane, const Rule<A>& rule) {
         if (shares && !kExplicit) mine[lane] = shared(mine[lane], s[lane], z[lane], rule);
         anchored += rule.anchored * ((mine[lane] - z[lane]) * (mine[lane] - z[lane]));
         if (!kCopies) {
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies>) step_kern
     }
     if (args.centre && shares) {
       auto centre = load<kLanes>(args.centre + i);
-      each_lane(labels, group, m, m, [&](int lane, const Rule<A>& rule) {
+      each_lane(labels, group, m, blocks, m, [&](int lane, const Rule<A>& rule) {
         centre.lane[lane] = narrow<T>(shared(A(widen(centre.lane[lane])), s[lane], z[lane], rule));
       });
       store(args.centre + i, centre);
@@ -382,7 +382,7 @@ __global__ void __launch_bounds__(kThreads, 2) penalty_kernel(const PenaltyArgs<
 #pragma unroll 2
     for (int32_t j = 0; j < m; ++j) {
       const auto x = load<kLanes>(args.copies[j] + i);
-      each_lane(labels, args.rules, m, j, [&](int lane, const Rule<A>& rule) {
+      each_lane(labels, args.rules, m, m, j, [&](int lane, const Rule<A>& rule) {
         gaps[lane] += rule.read * (A(widen(x.lane[lane])) - A(widen(zero.lane[lane])));
         reads[lane] += rule.read;
       });
@@ -392,7 +392,7 @@ __global__ void __launch_bounds__(kThreads, 2) penalty_kernel(const PenaltyArgs<
       const auto copy = load<kLanes>(args.copies[j] + i);
       Pack<T, kLanes> g{};
       if (args.accumulate) g = load<kLanes>(args.grads[j] + i);
-      each_lane(labels, args.rules, m, j, [&](int lane, const Rule<A>& rule) {
+      each_lane(labels, args.rules, m, m, j, [&](int lane, const Rule<A>& rule) {
         const A x = widen(copy.lane[lane]), z = widen(anchor.lane[lane]), gap = x - A(widen(zero.lane[lane]));
         const A gradient = quadratic_gradient(x, gap, gaps[lane], reads[lane], z, rule);
         // Over all j the squares of the distances to the mean, times m, are those of the pairs' distances.

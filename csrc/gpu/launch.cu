@@ -23,7 +23,7 @@ int64_t scratch(int64_t n) { return 1 + 2 * blocks(n); }  // the flag of the gua
 template <class T, class G, class P>
 auto step_kernel_for(const StepArgs<T, G>& args) {
   if (args.explicit_mode) return step_kernel<T, G, P, 0, true>;
-  if (args.phase != (kPropose | kShare)) return step_kernel<T, G, P, 0, false>;
+  if (args.phase != (kPropose | kShare) || args.blocks != args.m) return step_kernel<T, G, P, 0, false>;
   if (args.m <= 2) return step_kernel<T, G, P, 2, false>;
   if constexpr (sizeof(T) == 4) {
     if (args.m <= 4) return step_kernel<T, G, P, 4, false>;

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..files import save_atomically
-from .reference import PROPOSE, SHARE, TILE, rows_of
+from .reference import PROPOSE, SHARE, TILE, blocks_of, rows_of
 
 THREADS, CHUNK = 256, 8 * TILE  # as csrc/gpu/kernels.cuh has them; the compiler checks
 TYPES = {torch.float32: "float", torch.float64: "double", torch.float16: "hta::Half", torch.bfloat16: "hta::BFloat16"}
@@ -294,7 +294,7 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
     args = _filled(
         "StepArgs", copies=copies, grads=grads, states=states, low=low, anchor=anchor, centre=centre, sums=sums,
         pattern=_pattern(codes, labels, seed), rules=rules, groups=len(rules), n=n, grad_scale=_scalar(grad_scale),
-        found_inf=_scalar(found_inf), stats=stats, partial=scratch[1:], nonfinite=scratch, m=m, proposal=proposal,
+        found_inf=_scalar(found_inf), stats=stats, partial=scratch[1:], nonfinite=scratch, m=m, blocks=blocks_of(rules, m), proposal=proposal,
         phase=phase, explicit_mode=explicit_mode, guard=guard,
     )  # fmt: skip
     dtype, grad_dtype = copies[0].dtype, (low or grads or copies)[0].dtype
@@ -302,7 +302,7 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
     instances = (2, 4, 8) if dtype == torch.float32 else (2,)
     held = (
         0
-        if explicit_mode or phase != PROPOSE | SHARE
+        if explicit_mode or phase != PROPOSE | SHARE or blocks_of(rules, m) != m
         else next((instance for instance in instances if m <= instance), 0)
     )
     if guard:

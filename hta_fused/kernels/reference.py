@@ -23,6 +23,17 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in LOW else dtype
 
 
+def blocks_of(rules: Tensor, m: int) -> int:
+    """How many blocks the rules of m copies know: as many, but where the copies are one process's."""
+    return (rules.shape[1] - NUMBERS) // ((m + 1) * RULE) - 1
+
+
+def rules_of_copy(rules: Tensor, m: int, copy: int) -> Tensor:
+    """What one copy of m is given, and the centre: for a process that holds this copy alone."""
+    rule = rules[:, NUMBERS:].view(len(rules), m + 1, m + 1, RULE)[:, :, [copy, m]]
+    return torch.cat([rules[:, :NUMBERS], rule.flatten(1)], 1)
+
+
 def rows_of(tensors: list[Tensor]) -> list[Tensor]:
     """The rows of a list: a 1-D tensor is one, a 2-D tensor holds several."""
     return [row for t in tensors for row in (t.unbind() if t.dim() > 1 else [t])]
@@ -123,10 +134,11 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
     if found_inf is not None:
         skip = skip | (found_inf.reshape(()) != 0)
 
-    group, label = expand(codes, labels, seed, n, m, copies[0].device)
+    blocks = blocks_of(rules, m)
+    group, label = expand(codes, labels, seed, n, blocks, copies[0].device)
     number = rules[:, :NUMBERS][group].unbind(-1)
     # For copy j, and for the centre as the last: read, keep, share, pull, anchored of each element.
-    rule = rules[:, NUMBERS:].view(-1, m + 1, m + 1, RULE)[group, label].permute(1, 2, 0)
+    rule = rules[:, NUMBERS:].view(-1, blocks + 1, m + 1, RULE)[group, label].permute(1, 2, 0)
     x = [copy.to(work) for copy in copies]
     z = torch.zeros((), dtype=work, device=stats.device) if anchor is None else anchor.to(work)
     written: list[tuple[Tensor, Tensor]] = []

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import HASHED, NUMBERS, PROPOSE, RULE, SHARE, TILE, arithmetic, rows_of
+from .reference import HASHED, NUMBERS, PROPOSE, RULE, SHARE, TILE, arithmetic, blocks_of, rows_of
 
 TILES = tl.constexpr(4)  # that a program walks: the same sums for the same input whatever the card
 _ELEMENTS = tl.constexpr(TILE)
@@ -90,7 +90,7 @@ def mix64(x):
 
 
 @triton.jit
-def hashed_label(seed, tile, at, M: tl.constexpr):
+def hashed_label(seed, tile, at, BLOCKS: tl.constexpr):
     key = mix64(mix64(tl.load(seed).to(tl.uint64)) ^ tile.to(tl.uint64))
     x = at.to(tl.uint32) ^ key.to(tl.uint32)
     x ^= x >> 16
@@ -98,7 +98,7 @@ def hashed_label(seed, tile, at, M: tl.constexpr):
     x ^= (x >> 13) ^ (key >> 32).to(tl.uint32)
     x *= 0xC2B2AE35
     x ^= x >> 16
-    return (((x >> 16) * M) >> 16).to(tl.int32) + 1
+    return (((x >> 16) * BLOCKS) >> 16).to(tl.int32) + 1
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -107,10 +107,10 @@ def hashed_label(seed, tile, at, M: tl.constexpr):
 @triton.jit
 def rules_of(
     codes, labels, seed, rules, tile, at, mask, live, groups, rows,
-    M: tl.constexpr, CODES: tl.constexpr, LABELS: tl.constexpr, SEED: tl.constexpr,
+    M: tl.constexpr, BLOCKS: tl.constexpr, CODES: tl.constexpr, LABELS: tl.constexpr, SEED: tl.constexpr,
 ):  # fmt: skip
     """A tile's proposal numbers, and where the rules of its label, or of each element's, begin."""
-    WIDTH: tl.constexpr = _NUMBERS + (M + 1) * (M + 1) * _RULE
+    WIDTH: tl.constexpr = _NUMBERS + (BLOCKS + 1) * (M + 1) * _RULE
     label = tl.full((), 0, tl.int32)
     number = rules
     if CODES:
@@ -120,14 +120,14 @@ def rules_of(
         number += tl.where((group >= 0) & (group < groups), group, 0) * WIDTH
         row = tl.where((label < 0) & (-1 - label < rows), -1 - label, -1)
         hashed = label == _HASHED
-        label = tl.where((label >= 0) & (label <= M), label, 0)
+        label = tl.where((label >= 0) & (label <= BLOCKS), label, 0)
         if LABELS:
             bytes_ = tl.load(labels + row.to(tl.int64) * _ELEMENTS + at, mask=mask & (row >= 0), other=0)
-            label = tl.where(row >= 0, tl.minimum(bytes_.to(tl.int32), M), label)
+            label = tl.where(row >= 0, tl.minimum(bytes_.to(tl.int32), BLOCKS), label)
         if SEED:
-            label = tl.where(hashed, hashed_label(seed, tile, at, M), label)
+            label = tl.where(hashed, hashed_label(seed, tile, at, BLOCKS), label)
     elif LABELS:
-        label = tl.minimum(tl.load(labels + tile * _ELEMENTS + at, mask=mask, other=0).to(tl.int32), M)
+        label = tl.minimum(tl.load(labels + tile * _ELEMENTS + at, mask=mask, other=0).to(tl.int32), BLOCKS)
     return number, number + _NUMBERS + label * ((M + 1) * _RULE)
 
 
@@ -145,7 +145,7 @@ def skips(found_inf, nonfinite, FOUND: tl.constexpr, GUARD: tl.constexpr):
 def step_kernel(
     copies, grads, states, low, anchor, centre, sums, codes, labels, seed, rules, grad_scale, found_inf, nonfinite, partial,
     n, groups, rows,
-    WORK: tl.constexpr, M: tl.constexpr, ADAMW: tl.constexpr, EXPLICIT: tl.constexpr, PROPOSES: tl.constexpr, SHARES: tl.constexpr,
+    WORK: tl.constexpr, M: tl.constexpr, BLOCKS: tl.constexpr, ADAMW: tl.constexpr, EXPLICIT: tl.constexpr, PROPOSES: tl.constexpr, SHARES: tl.constexpr,
     STATES: tl.constexpr, LOW: tl.constexpr, ANCHOR: tl.constexpr, CENTRE: tl.constexpr, SUMS: tl.constexpr,
     CODES: tl.constexpr, LABELS: tl.constexpr, SEED: tl.constexpr, SCALE: tl.constexpr, FOUND: tl.constexpr,
     GUARD: tl.constexpr,
@@ -161,7 +161,21 @@ def step_kernel(
         i = tile * _ELEMENTS + at
         mask = (i < n) & live
         number, rule = rules_of(
-            codes, labels, seed, rules, tile, at, mask, tile * _ELEMENTS < n, groups, rows, M, CODES, LABELS, SEED
+            codes,
+            labels,
+            seed,
+            rules,
+            tile,
+            at,
+            mask,
+            tile * _ELEMENTS < n,
+            groups,
+            rows,
+            M,
+            BLOCKS,
+            CODES,
+            LABELS,
+            SEED,
         )
         x = tl.load(copies[0] + i, mask=mask, other=0).to(WORK)
         z = tl.load(anchor + i, mask=mask, other=0).to(WORK) if ANCHOR else tl.zeros_like(x)
@@ -260,7 +274,7 @@ def penalty_kernel(
         i = tile * _ELEMENTS + at
         mask = i < n
         _, rule = rules_of(
-            codes, labels, seed, rules, tile, at, mask, tile * _ELEMENTS < n, 1, rows, M, CODES, LABELS, SEED
+            codes, labels, seed, rules, tile, at, mask, tile * _ELEMENTS < n, 1, rows, M, M, CODES, LABELS, SEED
         )
         first = tl.load(copies[0] + i, mask=mask, other=0).to(WORK)
         z = tl.load(anchor + i, mask=mask, other=0).to(WORK) if ANCHOR else tl.zeros_like(first)
@@ -357,7 +371,7 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
             step_kernel[(programs,)](
                 x, g, state, lows, anchor, centre, sums, codes, labels, seed, rules, grad_scale, found_inf, nonfinite,
                 partial, n, len(rules), _byte_rows(codes, labels), WORK=_TYPES[arithmetic(x[0].dtype)], M=len(x),
-                ADAMW=proposal == 1, EXPLICIT=explicit_mode, PROPOSES=bool(phase & PROPOSE),
+                BLOCKS=blocks_of(rules, len(x)), ADAMW=proposal == 1, EXPLICIT=explicit_mode, PROPOSES=bool(phase & PROPOSE),
                 SHARES=bool(phase & SHARE), STATES=bool(state), LOW=bool(lows),
                 ANCHOR=anchor is not None, CENTRE=centre is not None, SUMS=sums is not None, CODES=codes is not None,
                 LABELS=labels is not None, SEED=seed is not None, SCALE=grad_scale is not None, FOUND=found, GUARD=guard,
