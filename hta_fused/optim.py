@@ -96,7 +96,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
         self._steps = 0  # done so far, skipped ones included
         self._step_tensor = torch.zeros((), dtype=torch.float32, device="cpu")  # the same, as torch's AdamW shows it
         self._step_was = 0.0
-        self._shown: list[Tensor] = []  # in `state`
+        self._shown: list[Tensor] = []  # in `state`, ours
         self._known: Any = None  # what the rules on the device were made from
         self._planned: Tensor | None = None
         self._made: list[tuple[Proposal, Coupling]] = []  # of each group, as the rules were made of
@@ -590,7 +590,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
         """Copies what state holds for each parameter into the buffers: zero for what it lacks, for Parle's the copies."""
         ours = {id(tensor) for tensor in self._shown}
         replicas, layout = self.replicas, self.replicas.layout
-        named = {name for entry in entries.values() for name in entry}
+        named = {name for row in replicas.trained for p in row for name in entries.get(p, {})}
         kept = [name for name in self.proposal.all_buffers if name in named and name not in self._buffers]
         for name in kept:  # of no use until a momentum is set
             self._idle.setdefault(name, replicas.rows(len(self._state_rows) + 2))
@@ -632,7 +632,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
         """Brings what others put into `state`, or took from it, into the buffers, and shows these there again."""
         try:
             values = chain.from_iterable(map(dict.values, self.state.values()))
-            edited = list(map(id, values)) != self._shown_ids
+            edited = list(map(id, values)) != self._value_ids
         except TypeError:  # an entry that is no dict
             edited = True
         if edited:
@@ -647,15 +647,20 @@ class CoupledOptimizer(torch.optim.Optimizer):
                 self._set_steps(int(step))  # edited in place
 
     def _show_state(self) -> None:
-        """Makes the views of the flat buffers the optimizer's state, in torch's own layout."""
+        """Makes the views of the flat buffers the optimizer's state, in torch's own layout, beside what others keep there."""
         step = {} if isinstance(self.proposal, SGD) else {"step": self._step_tensor}
-        self.state.clear()
+        ours = {"step", *self.proposal.all_buffers, *Parle.buffers}
+        self._shown = []
         for row, parameters in enumerate(self.replicas.trained):
             tensors = {name: self.replicas.layout.tensors(buffer[row]) for name, buffer in self._buffers.items()}
             for i, parameter in enumerate(parameters):
-                self.state[parameter] = step | {name: of[i] for name, of in tensors.items()}
-        self._shown = [tensor for entry in self.state.values() for tensor in entry.values()]
-        self._shown_ids = list(map(id, self._shown))
+                theirs = {name: value for name, value in self.state.get(parameter, {}).items() if name not in ours}
+                self.state[parameter] = step | {name: of[i] for name, of in tensors.items()} | theirs
+                self._shown += [of[i] for of in tensors.values()]
+        self._values = [
+            value for entry in self.state.values() for value in entry.values()
+        ]  # held: an id may come again
+        self._value_ids = list(map(id, self._values))
 
     def _split(self, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """torch's param_groups from ours: the rest first, then each of `groups`; copy 0's parameters, then copy 1's, …"""

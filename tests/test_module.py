@@ -360,6 +360,23 @@ def test_swapped_entries_are_swapped():
     assert torch.equal(optimizer.state[one]["momentum_buffer"], second)
 
 
+def test_what_others_keep_in_the_state_stays():
+    """As optimizers around optimizers do, timm's Lookahead for example."""
+    optimizer = pair()
+    parameter = optimizer.replicas.theta.fc.weight
+    optimizer.state[parameter]["slow"] = slow = torch.ones(3)
+    optimizer.state["mine"] = {"a": 1}
+    train(optimizer, [batch()])
+    optimizer.coupling = hta.EMA()
+    train(optimizer, [batch()])
+    assert optimizer.state[parameter]["slow"] is slow
+    assert optimizer.state["mine"] == {"a": 1}
+    del optimizer.state["mine"]
+    fresh = pair()
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(fresh.state[fresh.replicas.theta.fc.weight]["slow"], slow)
+
+
 def test_adamws_step_can_be_set_and_is_shown():
     optimizer = pair(proposal="AdamW")
     train(optimizer, [batch() for _ in range(2)])
