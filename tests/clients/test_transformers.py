@@ -54,7 +54,7 @@ class TiedTrainer(Trainer):  # glue
 def trainer(net, dataset, folder, kind=Trainer, **options):
     replicas = hta.Replicas(net)  # glue
     replicas.accepts_loss_kwargs = False  # glue: the loss is a mean over the batch
-    optimizer = hta.HomotopySGD(replicas, lr=0.05, momentum=0.9, L=0.1)
+    optimizer = hta.CoupledOptimizer(replicas, hta.AdamW(lr=1e-3), hta.Homotopy(L=0.1))
     arguments = TrainingArguments(
         output_dir=folder,
         num_train_epochs=2,
@@ -83,7 +83,7 @@ def test_it_is_the_loop_without_the_trainer(model, tmp_path):
     trained = trainer(net, dataset, tmp_path, save_strategy="no", lr_scheduler_type="constant")
     trained.train()
 
-    optimizer = hta.HomotopySGD(plain, lr=0.05, momentum=0.9, L=0.1)
+    optimizer = hta.CoupledOptimizer(plain, hta.AdamW(lr=1e-3), hta.Homotopy(L=0.1))
     for _ in range(2):
         for i in range(0, 64, 8):
             batch = {name: torch.stack([row[name] for row in dataset[i : i + 8]]) for name in dataset[0]}
