@@ -9,6 +9,7 @@ from .optim import CoupledOptimizer, HomotopySGD, StepStats
 from .partition import Partition
 from .proposals import SGD, AdamW
 from .replicas import Replicas
+from .schedule import CouplingScheduler
 
 __version__ = "0.2.0.dev0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "AdamW",
     "Average",
     "CoupledOptimizer",
+    "CouplingScheduler",
     "Elastic",
     "Explicit",
     "Homotopy",

@@ -44,6 +44,12 @@ class Layout:
             for offset, shape, stride in zip(self.offsets, self.shapes, self.strides, strict=True)
         ]
 
+    def tensors(self, flat: Tensor) -> list[Tensor]:
+        """`views`, each with a storage of its own over the same memory, so that what saves or compares storages
+        (torch.save, safetensors) sees no more than that; it moves no version counter but its own."""
+        # DLPack may give dimensions of one element other strides.
+        return [torch.from_dlpack(v).as_strided(v.shape, v.stride()) for v in self.views(flat.detach())]
+
     def rows(self, count: int, like: Tensor, dtype: torch.dtype | None = None, number: int = 0) -> Tensor:
         """[count, numel] of zeros whose rows, and those of buffers of other numbers, start at different places in a page.
 

@@ -1,8 +1,8 @@
 """The public ops: argument checks around the kernels. Imports checks, kernels, proposals and couplings; knows nothing of models
 or optimizers."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import lru_cache
 from operator import itemgetter
 from types import MappingProxyType
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
+from . import couplings, proposals
 from .checks import flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy
 from .kernels import kernels, library, reference
@@ -52,44 +53,95 @@ def _check_size(rules: Tensor, dtype: torch.dtype, made_of: str) -> None:
         raise ValueError(f"{made_of} must give numbers of at most {limit:.2g} in {dtype}, got {worst:.3g}")
 
 
+# Under torch.compile the rules are made at run time by an op, from numbers in tensors: the compiler would make a constant
+# of a float that Python computes with or that an op takes, and compile anew for each L.
 library.define(
-    "sgd_rules(float L, float lr, float momentum, float weight_decay, bool nesterov, bool explicit_mode, int copies, "
+    "rules(Tensor[] numbers, str proposal, str coupling, str mode, SymInt every, SymInt step, int copies, "
     "ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-@torch.library.register_fake("hta_fused::sgd_rules", lib=library)
-def _(L, lr, momentum, weight_decay, nesterov, explicit_mode, copies, dtype):
+@torch.library.register_fake("hta_fused::rules", lib=library)
+def _(numbers, proposal, coupling, mode, every, step, copies, dtype):
     width = reference.NUMBERS + (copies + 1) ** 2 * reference.RULE
     return torch.empty((1, width), dtype=dtype, device="cpu")
+
+
+def _numbered_rules(numbers, proposal, coupling, mode, every, step, copies, dtype) -> Tensor:
+    """`rules_of` settings objects that are given by their classes' names and their numbers in the fields' order."""
+    values = map(float, numbers)
+    made_of = _remade(proposals.BY_NAME[proposal], values)
+    coupled_by = _remade(couplings.BY_NAME[coupling], values, mode=mode, every=every)
+    return rules_of(made_of, coupled_by, copies, step, dtype)[None]
+
+
+library.impl("rules", _numbered_rules, "CompositeExplicitAutograd")
+
+
+def _numbers(of: Proposal | Coupling) -> list[Any]:
+    """The inverse of `_remade`."""
+    values: list[Any] = []
+    for f in fields(of):
+        if f.name not in ("mode", "every"):
+            value = getattr(of, f.name)
+            values += value if isinstance(value, tuple) else [value]
+    return values
+
+
+def _remade(kind: type, values: Iterator[float], **others: Any) -> Any:
+    settings = {}
+    for f in fields(kind):
+        if f.name in others:
+            settings[f.name] = others[f.name]
+        elif f.type in (float, bool):
+            settings[f.name] = f.type(next(values))
+        else:  # AdamW's betas
+            settings[f.name] = next(values), next(values)
+    return kind(**settings)
+
+
+def _as_tensors(values: list[Any]) -> list[Tensor]:
+    zero = torch.zeros(
+        (), dtype=torch.float64, device="cpu"
+    )  # to add a float to is how it may vary; to fill with it, not
+    return [v.detach().cpu() if isinstance(v, Tensor) else zero + v for v in values]
 
 
 def _sgd_rules(
     L: float, lr: float, momentum: float, weight_decay: float, nesterov: bool, explicit_mode: bool, copies: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`rules_of` SGD and equation (3). An op of its own, so that torch.compile lets L and lr vary."""
+    """`rules_of` SGD and equation (3)."""
     coupling = Explicit(L) if explicit_mode else Homotopy(L)
     return rules_of(SGD(lr, momentum, weight_decay, nesterov), coupling, copies, 1, dtype)[None]
 
 
-library.impl("sgd_rules", _sgd_rules, "CompositeExplicitAutograd")
 _cached_sgd_rules = lru_cache(maxsize=64)(_sgd_rules)
 
 
-def _homotopy_rules(like: Tensor, *settings: Any) -> Tensor:
-    return (_cached_sgd_rules if _concrete(like) else torch.ops.hta_fused.sgd_rules)(*settings)
+def _homotopy_rules(like: Tensor, L, lr, momentum, weight_decay, nesterov, explicit_mode, copies, dtype) -> Tensor:
+    if _concrete(like):
+        return _cached_sgd_rules(L, lr, momentum, weight_decay, nesterov, explicit_mode, copies, dtype)
+    numbers = _as_tensors([lr, momentum, weight_decay, nesterov, False, L])  # False: not maximize
+    coupling = "Explicit" if explicit_mode else "Homotopy"
+    return torch.ops.hta_fused.rules(numbers, "SGD", coupling, "", 1, 1, copies, dtype)
 
 
 _cached_rules = lru_cache(maxsize=64)(rules_of)
 
 
 def _rules(like: Tensor, proposal: Proposal, coupling: Coupling, copies: int, step: int, dtype: torch.dtype) -> Tensor:
-    if isinstance(proposal.lr, Tensor):
-        proposal = replace(proposal, lr=float(proposal.lr))
-    make = _cached_rules if _concrete(like) else rules_of  # the compiler warns of caches; a fake one must not stay
-    return make(proposal, coupling, copies, step, dtype)[None]
+    if _concrete(like):
+        if isinstance(proposal.lr, Tensor):
+            proposal = replace(proposal, lr=float(proposal.lr))
+        return _cached_rules(proposal, coupling, copies, step, dtype)[None]
+    name = type(coupling).__name__
+    if couplings.BY_NAME.get(name) is not type(coupling):  # a user's own, whose rules the compiler traces
+        return rules_of(proposal, coupling, copies, step, dtype)[None]
+    numbers = _as_tensors([*_numbers(proposal), *_numbers(coupling)])
+    mode = getattr(coupling, "mode", "")
+    return torch.ops.hta_fused.rules(numbers, type(proposal).__name__, name, mode, coupling.every, step, copies, dtype)
 
 
 # What depends on values is checked at run time under torch.compile too: the step reads the rules that this returns.
@@ -173,6 +225,12 @@ def _pattern(
         raise ValueError(f"labels is a Partition of {labels.blocks} blocks, but there are {copies} copies")
     labels = labels.to(first.device)
     return labels.codes, labels.labels, labels.seed
+
+
+def _setting(name: str, value: Any, like: Tensor) -> float | Tensor:
+    """A number. Where values are not known, as under the compiler, a tensor of one stays a tensor; `rules_of` checks it."""
+    late = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point() and not _concrete(like)
+    return value if late else number(name, value)
 
 
 def _concrete(tensor: Tensor) -> bool:
@@ -305,6 +363,9 @@ def coupled_step_(
     low: Rows | None = None,
 ) -> None:
     """One step of m coupled copies, in place and in one pass over memory: propose, sum, share (csrc/arithmetic.h).
+
+    Under torch.compile new numbers in the proposal and the coupling, and new steps, do not compile anew; in a coupling
+    of your own they do.
 
     Args:
         copies: [m, …], or a list of m tensors of one shape; one dtype and device; contiguous; m from 1 to 32.
@@ -454,7 +515,8 @@ def homotopy_step_(
 
     mode="implicit" takes (3)'s quadratic terms by their proximal map with γ = lr/(1 − momentum), stable for every L and
     lr; mode="explicit" is the paper's equation (7), whose gradients go through the momentum and which diverges where
-    lr·4/L exceeds about 2(1 + momentum).
+    lr·4/L exceeds about 2(1 + momentum). Under torch.compile new values of L, lr, momentum and weight_decay do not
+    compile anew.
 
     Args:
         theta, eta: the two copies; one shape, dtype, device; contiguous. Overwritten.
@@ -481,9 +543,10 @@ def homotopy_step_(
     grad_dtype = _gradient_dtype(theta, grad_theta)
     for name, tensor in (("grad_theta", grad_theta), ("grad_eta", grad_eta)):
         _check_like(name, tensor, theta, grad_dtype)
-    lr, momentum, weight_decay = number("lr", lr), number("momentum", momentum), number("weight_decay", weight_decay)
+    rate, decay = _setting("lr", lr, theta), _setting("weight_decay", weight_decay, theta)
+    momentum = number("momentum", momentum)
     flag("nesterov", nesterov)
-    if not 0 < lr < float("inf"):
+    if not isinstance(rate, Tensor) and not 0 < rate < float("inf"):
         raise ValueError(f"lr must be positive and finite, got {lr}")
     momenta = [("momentum_theta", momentum_theta), ("momentum_eta", momentum_eta)]
     for name, buffer in momenta:
@@ -505,7 +568,7 @@ def homotopy_step_(
         raise ValueError("L must be given")
     explicit = mode == "explicit"
     rules = _homotopy_rules(
-        theta, number("L", L), lr, momentum, weight_decay, nesterov, explicit, 2, reference.arithmetic(theta.dtype)
+        theta, _setting("L", L, theta), rate, momentum, decay, nesterov, explicit, 2, reference.arithmetic(theta.dtype)
     )
     states = {"momentum": [v for _, v in momenta]} if momentum else {}  # without it left alone, as torch.optim.SGD
     written: dict[str, Any] = {"copies": [theta, eta], **states, "low": lows}
@@ -629,10 +692,10 @@ def _penalty_arguments(theta, eta, anchor, labels, L: float) -> tuple[Any, ...]:
     for name, tensor in (("theta", theta), ("eta", eta), ("anchor", anchor)):
         if name != "anchor" or tensor is not None:
             _check_like(name, tensor, theta)
-    L = number("L", L)
-    if not 0 < L < float("inf"):
+    strength = _setting("L", L, theta)
+    if not isinstance(strength, Tensor) and not 0 < strength < float("inf"):
         raise ValueError(f"L must be positive and finite, got {L}")
-    rules = _homotopy_rules(theta, L, 1.0, 0.0, 0.0, False, True, 2, reference.arithmetic(theta.dtype))
+    rules = _homotopy_rules(theta, strength, 1.0, 0.0, 0.0, False, True, 2, reference.arithmetic(theta.dtype))
     codes, bytes_, seed = _pattern(labels, theta, 2)
     if not _concrete(theta):
         rules = torch.ops.hta_fused.checked(rules, bytes_ if codes is None else None, 2)

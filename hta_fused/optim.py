@@ -7,6 +7,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +35,13 @@ class CoupledOptimizer(torch.optim.Optimizer):
     """Steps m copies at once: each proposes a step of its own, and the coupling pulls them together.
 
     With one copy and a coupling that does nothing it is torch.optim.SGD or AdamW. A parameter without a gradient counts
-    as having a gradient of zero, since the coupling moves it all the same. A step in which any gradient is inf or NaN
-    is skipped; it counts as a step where bias corrections and periods are concerned.
+    as having a gradient of zero, since the coupling moves it all the same. One that is frozen (in all copies) is moved
+    by the coupling alone: no momentum, no weight decay. A step in which any gradient is inf or NaN is skipped; it
+    counts as a step where bias corrections and periods are concerned.
+
+    `state` shows each parameter's buffers in torch's own layout, from the start, and is what the next step reads: an
+    entry that was deleted or cleared counts as zero (AdamW's `step`, one for all parameters, too), one that was
+    assigned or edited counts as it is. When the Replicas are moved, the buffers follow at the next step.
 
     Args:
         replicas: the copies.
@@ -68,7 +74,9 @@ class CoupledOptimizer(torch.optim.Optimizer):
         capturable: bool = False,
     ):
         if not isinstance(replicas, Replicas):
-            raise TypeError(f"replicas must be Replicas, got {shown(replicas)}")
+            raise TypeError(
+                f"replicas must be Replicas, got {shown(replicas)}; wrap the model, not its parameters: Replicas(model)"
+            )
         if not isinstance(proposal, Proposal):
             raise TypeError(f"proposal must be an SGD or AdamW, got {shown(proposal)}")
         flag("skip_nonfinite", skip_nonfinite)
@@ -79,28 +87,28 @@ class CoupledOptimizer(torch.optim.Optimizer):
         self.proposal = proposal
         self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
         device = replicas.params.device
+        self._bound = replicas.params  # others, once the Replicas have moved
         self._codes = replicas.partition.codes.clone()  # (group, label) of each tile
+        self._frozen: list[int] = []  # parameters, by the layout's number
         self._stats = torch.tensor([float("nan"), float("nan"), 0.0, 0.0], dtype=torch.float64, device=device)
         self._buffers: dict[str, Tensor] = {}  # [m, N] each
         self._idle: dict[str, Tensor] = {}  # those of which there is no need at the moment
         self._steps = 0  # done so far, skipped ones included
         self._step_tensor = torch.zeros((), dtype=torch.float32, device="cpu")  # the same, as torch's AdamW shows it
+        self._step_was = 0.0
+        self._shown: list[Tensor] = []  # in `state`
         self._known: Any = None  # what the rules on the device were made from
         self._planned: Tensor | None = None
         self._made: list[tuple[Proposal, Coupling]] = []  # of each group, as the rules were made of
         self._warned = False
-        self._index_of = {
-            id(p): i for i, p in enumerate(replicas.parameters[0])
-        }  # in the layout, by copy 0's parameter
+        self._index_of = {id(p): i for i, p in enumerate(replicas.trained[0])}  # in the layout, by copy 0's parameter
         _check_coupling(coupling, replicas)
         defaults = {**_settings(proposal), "dampening": 0.0, **_coupling_settings(coupling)}
         if not isinstance(proposal, SGD):
             del defaults["dampening"]
         self._coupling_class = type(coupling)
         super().__init__(self._split(groups), defaults)
-        for index, group in enumerate(self.param_groups):
-            for i in self._indices(group):
-                self._codes[replicas.layout.tiles(i), 0] = index
+        self._write_codes()
         # What the kernels read, a row for each group; see csrc/args.h.
         self.rules = torch.zeros(0, dtype=arithmetic(replicas.params.dtype))
         self._values_at(1)  # raises for what is outside its range
@@ -116,6 +124,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
     @coupling.setter
     def coupling(self, value: Coupling) -> None:
         _check_coupling(value, self.replicas)
+        self._take_edits()
         for group in self.param_groups:
             for name in _coupling_settings(self.coupling):
                 group.pop(name, None)
@@ -131,6 +140,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
         """How many steps were taken, skipped ones included. After planned steps, reading it waits for the device."""
         if self._planned is not None:
             self._steps = self._plan_start + int(self._cursor)
+            self._show_step()
         return self._steps
 
     @property
@@ -177,10 +187,14 @@ class CoupledOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         replicas = self.replicas
+        replicas.check()
         grad_scale = as_scalar("grad_scale", getattr(self, "grad_scale", None), replicas.params)
         capturing = replicas.params.is_cuda and torch.cuda.is_current_stream_capturing()
-        if self._planned is None and not capturing:
-            self.refresh()  # raises for bad settings before anything is written
+        if not capturing:
+            self._take_edits()
+            self._follow()
+            if self._planned is None:
+                self.refresh()  # raises for bad settings before anything is written
         replicas.collect_grads()
         if self._planned is not None:
             self.rules.view(-1).copy_(self._planned.index_select(0, self._cursor)[0])
@@ -192,7 +206,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
                 raise RuntimeError(f"call {type(self).__name__}.refresh() before a CUDA graph captures step()")
         else:
             self._steps += 1
-            self._step_tensor.fill_(self._steps)
+            self._show_step()
         if self._coupling_class is Parle:
             self._step_parle(grad_scale)
         else:
@@ -204,8 +218,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
                 self.rules, grad_scale, found_inf, self._stats, self.proposal.kernel,
                 self._explicit, self.skip_nonfinite and found_inf is None, PROPOSE | SHARE,
             )  # fmt: skip
-        if self._buffers and not self._shown:
-            self._show_state()
+        replicas.written()
         return loss
 
     def _step_parle(self, grad_scale: Tensor | None) -> None:
@@ -300,7 +313,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
         def catch(optimizer: Any, loaded: dict[str, Any]) -> None:  # after the user's own hooks have had their say
             nonlocal final
             final = loaded
-            self._check_shapes(loaded)
+            self._check_entries("state_dict", self._by_parameter(loaded))
 
         def take(optimizer: Any) -> None:
             self._take_state(final)
@@ -323,6 +336,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
             copy: its number, "theta" or "eta", or "mean" for the merged model's.
         """
         row = self._row(copy, "mean")
+        self._take_edits()
         groups, state, count = [], {}, 0
         views = {
             name: self.replicas.layout.views(buffer.mean(0) if row is None else buffer[row])
@@ -335,10 +349,9 @@ class CoupledOptimizer(torch.optim.Optimizer):
             settings = {k: v for k, v in group.items() if k in {*defaults, "initial_lr"}}
             groups.append({**defaults, **settings, "params": list(range(count, count + len(indices)))})
             for i in indices:
-                if self.state:
-                    state[count] = {name: views[name][i].clone() for name in self._proposal_of(group).buffers}
-                    if not isinstance(self.proposal, SGD):
-                        state[count]["step"] = torch.tensor(float(self.steps))
+                state[count] = {name: views[name][i].clone() for name in self._proposal_of(group).buffers}
+                if not isinstance(self.proposal, SGD):
+                    state[count]["step"] = torch.tensor(float(self.steps))
                 count += 1
         return {"state": state, "param_groups": groups}
 
@@ -350,6 +363,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
             state_dict: of an optimizer over parameters of the same shapes in param_groups' order.
         """
         row = self._row(copy)
+        self._take_edits()
         layout = self.replicas.layout
         groups = state_dict["param_groups"]
         sizes, expected = [len(g["params"]) for g in groups], [len(self._indices(g)) for g in self.param_groups]
@@ -366,7 +380,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
                 for name in names:
                     buffer = entry.get(name)
                     if buffer is not None:
-                        self._check_shape(name, key, buffer, i)
+                        self._check_shape(f"state_dict's {name} {key}", buffer, i)
                     plan.append((name, i, buffer))
         if len(steps) > 1:
             raise ValueError(f"state_dict's parameters have taken different numbers of steps, {sorted(steps)}")
@@ -380,7 +394,6 @@ class CoupledOptimizer(torch.optim.Optimizer):
             if name in views:
                 views[name][i].zero_() if buffer is None else views[name][i].copy_(buffer)
         self._set_steps(steps.pop() if steps else self.steps)
-        self._show_state()
 
     def __getstate__(self) -> dict[str, Any]:
         groups = [
@@ -421,23 +434,22 @@ class CoupledOptimizer(torch.optim.Optimizer):
         self._needed = self._buffer_names()
         kept, self._buffers = self._buffers, {}
         for name in self._needed:
-            self._buffers[name] = kept[name] if name in kept else replicas.rows(len(self._buffers) + 2)
+            known = kept.pop(name, self._idle.pop(name, None))
+            self._buffers[name] = replicas.rows(len(self._buffers) + 2) if known is None else known
         self._state_rows = list(self._buffers.values())
         for name in coupling.buffers:  # Parle's points and averages begin where the copies are
             self._buffers[name] = kept[name] if name in kept else replicas.params.clone()
-        self._idle = {
-            k: v for k, v in (kept | self._idle).items() if k not in self._buffers
-        }  # momentum of 0 for a while
+        self._idle |= {k: v for k, v in kept.items() if k in self.proposal.all_buffers}  # momentum of 0 for a while
         self._explicit, self._moves_anchor = kind
-        width = NUMBERS + (self._coupled() + 1) ** 2 * RULE
-        if self.rules.shape != (len(self.param_groups), width):
-            like = replicas.params
-            self.rules = torch.zeros(len(self.param_groups), width, dtype=arithmetic(like.dtype), device=like.device)
-        # What a step writes, under every name: the parameters share the buffer's memory but not its version counter.
-        self._mutated: list[Tensor] = [p for row in replicas.parameters for p in row]
-        self._mutated += [replicas.params, *self._buffers.values(), self._stats]
+        shape = len(self.param_groups) * (2 if self._frozen else 1), NUMBERS + (self._coupled() + 1) ** 2 * RULE
+        if self.rules.shape != shape:
+            self.rules = torch.zeros(shape, dtype=arithmetic(replicas.params.dtype), device=replicas.params.device)
+        # What a step writes, under every name: parameters and states share the buffers' memory but no version counter.
+        self._show_state()
+        self._mutated: list[Tensor] = [p for row in replicas.trained for p in row]
+        self._mutated += [replicas.params, *self._buffers.values(), *self._shown, self._stats]
         self._mutated += [replicas.anchor] if self._moves_anchor and replicas.anchor is not None else []
-        self._known, self._shown = None, False
+        self._known = None
 
     def _kind(self) -> tuple[bool, bool]:
         """Whether the coupling is explicit, which all groups must agree in, and whether it moves the anchor."""
@@ -482,7 +494,42 @@ class CoupledOptimizer(torch.optim.Optimizer):
 
     def _values_of(self, made: list[tuple[Proposal, Coupling]], step: int) -> Tensor:
         copies, dtype = self._coupled(), self.rules.dtype
-        return torch.stack([rules_of(proposal, coupling, copies, step, dtype) for proposal, coupling in made])
+        rows = torch.stack([rules_of(proposal, coupling, copies, step, dtype) for proposal, coupling in made])
+        if not self._frozen:
+            return rows
+        still = rows.clone()  # each group's row for what is frozen in it
+        still[:, :NUMBERS] = torch.tensor([proposal.frozen_numbers(coupling.explicit) for proposal, coupling in made])
+        return torch.cat([rows, still])
+
+    def _write_codes(self) -> None:
+        """Says for each tile which row of the rules it is given."""
+        for index, group in enumerate(self.param_groups):
+            for i in self._indices(group):
+                row = index + (len(self.param_groups) if i in self._frozen else 0)
+                self._codes[self.replicas.layout.tiles(i), 0] = row
+
+    def _follow(self) -> None:
+        """Moves what is here to where the Replicas are now, and notices what was frozen."""
+        replicas = self.replicas
+        if replicas.params is not self._bound:
+            self._bound = replicas.params
+            device, dtype = replicas.params.device, arithmetic(replicas.params.dtype)
+            self._codes, self._stats = self._codes.to(device), self._stats.to(device)
+            self.rules = self.rules.new_empty(0)
+            if self._planned is not None:
+                self._planned, self._cursor = self._planned.to(device, dtype), self._cursor.to(device)
+            rows = count(2)
+            self._buffers, self._idle = (
+                {name: replicas.rows(next(rows)).copy_(buffer) for name, buffer in buffers.items()}
+                for buffers in (self._buffers, self._idle)
+            )
+            self._make_buffers()
+        if replicas.frozen != self._frozen:
+            if self._planned is not None:
+                raise RuntimeError("parameters must not be frozen or set to train between planned steps; plan again")
+            self._frozen = list(replicas.frozen)
+            self._write_codes()
+            self._make_buffers()
 
     def _made_of(self, group: Mapping[str, Any], **changed: Any) -> tuple[Proposal, Coupling]:
         return self._proposal_of(group, **changed), self._coupling_of(group, **changed)
@@ -506,24 +553,60 @@ class CoupledOptimizer(torch.optim.Optimizer):
 
     def _set_steps(self, steps: int) -> None:
         self._steps, self._planned, self._known = steps, None, None
-        self._step_tensor.fill_(steps)
+        self._show_step()
 
-    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        indices = [i for group in self.param_groups for _ in self.replicas for i in self._indices(group)]
-        for key, i in zip(keys, indices, strict=False):  # torch itself counts them
-            for name, value in state_dict["state"].get(key, {}).items():
-                if name != "step" and isinstance(value, Tensor):
-                    self._check_shape(name, key, value, i)
+    def _show_step(self) -> None:
+        self._step_tensor.fill_(self._steps)
+        self._step_was = self._step_tensor.item()
 
-    def _check_shape(self, name: str, key: Any, buffer: Tensor, index: int) -> None:
-        """Refuses a state_dict's buffer that is not of the shape of parameter number `index` of the layout."""
+    def _check_shape(self, what: str, buffer: Any, index: int) -> None:
+        """Refuses a buffer that is not of the shape of parameter number `index` of the layout."""
         layout = self.replicas.layout
+        if not isinstance(buffer, Tensor) or buffer.is_complex():
+            raise TypeError(f"{what} must be a real tensor, got {shown(buffer)}")
         if buffer.shape != layout.shapes[index]:
             raise ValueError(
-                f"state_dict's {name} {key} has shape {tuple(buffer.shape)}, "
-                f"but {layout.names[index]!r} has {tuple(layout.shapes[index])}"
+                f"{what} has shape {tuple(buffer.shape)}, but {layout.names[index]!r} has {tuple(layout.shapes[index])}"
             )
+
+    def _check_entries(self, name: str, entries: Mapping[Any, Mapping[str, Any]]) -> int | None:
+        """Refuses state that is not of the parameters' shapes, and returns what it says of AdamW's steps, if anything."""
+        steps = set()
+        for row, parameters in enumerate(self.replicas.trained):
+            for i, parameter in enumerate(parameters):
+                entry = entries.get(parameter, {})
+                steps.add(int(number("step", entry["step"])) if "step" in entry else None)
+                for key in (*self.proposal.all_buffers, *self._coupling_class.buffers):
+                    if entry.get(key) is not None:
+                        self._check_shape(f"{name}'s {key} of copy {row}", entry[key], i)
+        if isinstance(self.proposal, SGD):
+            return None
+        if len(steps) > 1:
+            raise ValueError(f"{name}'s step must be the same for all parameters, got {', '.join(map(str, steps))}")
+        return steps.pop()
+
+    def _take_entries(self, entries: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Copies what state holds for each parameter into the buffers: zero for what it lacks, for Parle's the copies."""
+        ours = {id(tensor) for tensor in self._shown}
+        replicas, layout = self.replicas, self.replicas.layout
+        named = {name for entry in entries.values() for name in entry}
+        kept = [name for name in self.proposal.all_buffers if name in named and name not in self._buffers]
+        for name in kept:  # of no use until a momentum is set
+            self._idle.setdefault(name, replicas.rows(len(self._state_rows) + 2))
+        plan = []
+        for name, buffer in (self._buffers | {name: self._idle[name] for name in kept}).items():
+            for row, parameters in enumerate(replicas.trained):
+                for i, (parameter, view) in enumerate(zip(parameters, layout.views(buffer[row]), strict=True)):
+                    value = entries.get(parameter, {}).get(name)
+                    if value is None:
+                        value = replicas.masters[row][i] if name in self._coupling_class.buffers else torch.zeros(())
+                    elif id(value) in ours:
+                        if value.data_ptr() == view.data_ptr():
+                            continue
+                        value = value.clone()  # another parameter's, which may be written before it is read
+                    plan.append((view, value))
+        for view, value in plan:
+            view.copy_(value)
 
     def _take_state(self, state_dict: dict[str, Any]) -> None:
         """Brings what a state_dict holds (itself: torch has cast its copies to the parameters' dtype) into the buffers."""
@@ -532,38 +615,50 @@ class CoupledOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for key, value in _coupling_settings(self._coupling_class()).items():
                 group.setdefault(key, value)
+        clock = max((int(group.pop("steps")) for group in self.param_groups if "steps" in group), default=0)
         self._make_buffers()
+        entries = self._by_parameter(state_dict)
+        steps = self._check_entries("state_dict", entries)
+        self._take_entries(entries)
+        self._set_steps(clock if steps is None else steps)
+
+    def _by_parameter(self, state_dict: Mapping[str, Any]) -> dict[Any, Mapping[str, Any]]:
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        saved = dict(zip([p for group in self.param_groups for p in group["params"]], keys, strict=True))
-        steps = {int(group.pop("steps")) for group in self.param_groups if "steps" in group}
-        for buffer_name, buffer in self._buffers.items():
-            for row, parameters in zip(buffer, self.replicas.parameters, strict=True):
-                for parameter, view in zip(parameters, self.replicas.layout.views(row), strict=True):
-                    entry = state_dict["state"].get(saved[parameter], {})
-                    steps |= {int(entry["step"])} if "step" in entry and not steps else set()
-                    value = entry.get(buffer_name)
-                    if value is not None:
-                        view.copy_(value)
-                    elif buffer_name in self.proposal.all_buffers:
-                        view.zero_()
-        self._set_steps(max(steps, default=0))
-        if self.state:
+        held = [p for group in self.param_groups for p in group["params"]]
+        return {p: state_dict["state"].get(key, {}) for p, key in zip(held, keys, strict=False)}  # torch counts them
+
+    def _take_edits(self) -> None:
+        """Brings what others put into `state`, or took from it, into the buffers, and shows these there again."""
+        try:
+            values = chain.from_iterable(map(dict.values, self.state.values()))
+            edited = list(map(id, values)) != self._shown_ids
+        except TypeError:  # an entry that is no dict
+            edited = True
+        if edited:
+            steps = self._check_entries("state", self.state)
+            self._take_entries(self.state)
             self._show_state()
+            if not isinstance(self.proposal, SGD):
+                self._set_steps(steps or 0)
+        elif not isinstance(self.proposal, SGD) and self._planned is None:
+            step = self._step_tensor.item()
+            if step != self._step_was:
+                self._set_steps(int(step))  # edited in place
 
     def _show_state(self) -> None:
         """Makes the views of the flat buffers the optimizer's state, in torch's own layout."""
         step = {} if isinstance(self.proposal, SGD) else {"step": self._step_tensor}
-        for row, parameters in enumerate(self.replicas.parameters):
-            views = {name: self.replicas.layout.views(buffer[row]) for name, buffer in self._buffers.items()}
-            for group in self.param_groups:
-                names = [*self._proposal_of(group).buffers, *self._coupling_class.buffers]
-                for i in self._indices(group):
-                    self.state[parameters[i]] = step | {name: views[name][i] for name in names}
-        self._shown = True
+        self.state.clear()
+        for row, parameters in enumerate(self.replicas.trained):
+            tensors = {name: self.replicas.layout.tensors(buffer[row]) for name, buffer in self._buffers.items()}
+            for i, parameter in enumerate(parameters):
+                self.state[parameter] = step | {name: of[i] for name, of in tensors.items()}
+        self._shown = [tensor for entry in self.state.values() for tensor in entry.values()]
+        self._shown_ids = list(map(id, self._shown))
 
     def _split(self, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """torch's param_groups from ours: the rest first, then each of `groups`; copy 0's parameters, then copy 1's, …"""
-        names, rows = self.replicas.layout.names, self.replicas.parameters
+        names, rows = self.replicas.layout.names, self.replicas.trained
         taken: set[int] = set()
         result = []
         if isinstance(groups, str | Mapping) or not isinstance(groups, Iterable):
@@ -627,7 +722,7 @@ class HomotopySGD(CoupledOptimizer):
 
     Args:
         replicas: the copies.
-        lr, momentum, weight_decay, nesterov: as in torch.optim.SGD, and held in param_groups as there.
+        lr, momentum, weight_decay, nesterov, maximize: as in torch.optim.SGD, and held in param_groups as there.
         L: the homotopy parameter, 0 ≤ L ≤ ∞; assign `.L` at any time. Smaller is closer; 0 merges the copies.
         mode: "implicit" (stable for every L and lr) or "explicit" (equation (7); warns where it is bound to diverge).
         groups, skip_nonfinite, capturable: as in CoupledOptimizer.
@@ -645,14 +740,18 @@ class HomotopySGD(CoupledOptimizer):
         nesterov: bool = False,
         L: float = 0.01,
         mode: str = "implicit",
-        **options: Any,
+        *,
+        maximize: bool = False,
+        groups: Iterable[Mapping[str, Any]] = (),
+        skip_nonfinite: bool = True,
+        capturable: bool = False,
     ):
         if mode not in ("implicit", "explicit"):
             raise ValueError(f"mode must be 'implicit' or 'explicit', got {shown(mode)}")
-        if not number("lr", lr) > 0:
-            raise ValueError(f"lr must be positive and finite, got {lr}")
-        coupling = Homotopy(L) if mode == "implicit" else Explicit(L)
-        super().__init__(replicas, SGD(lr, momentum, weight_decay, nesterov), coupling, **options)
+        super().__init__(
+            replicas, SGD(lr, momentum, weight_decay, nesterov, maximize), Homotopy(L) if mode == "implicit" else Explicit(L),
+            groups=groups, skip_nonfinite=skip_nonfinite, capturable=capturable,
+        )  # fmt: skip
 
     @property
     def L(self) -> float:

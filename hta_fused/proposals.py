@@ -67,6 +67,20 @@ class SGD:
         lr_grad, lr_momentum = (lr, lr * self.momentum) if self.nesterov or self.momentum == 0 else (0.0, lr)
         return [-1.0 if self.maximize else 1.0, self.weight_decay, lr_grad, lr_momentum, self.momentum, 0.0, 0.0, 0.0]
 
+    def frozen_numbers(self, explicit: bool) -> list[float]:
+        """The numbers for a parameter that only the coupling moves: it proposes itself, and its buffer stays. An explicit
+        coupling, which comes as a gradient, moves it by γ times that, and the buffer with it."""
+        return [
+            0.0,
+            0.0,
+            self.step_size if explicit else 0.0,
+            0.0,
+            float(self.momentum > 0 and not explicit),
+            0.0,
+            0.0,
+            0.0,
+        ]
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -124,6 +138,10 @@ class AdamW:
         root = 1 / math.sqrt(1 - beta_square**step)
         return [-1.0 if self.maximize else 1.0, 1 - lr * self.weight_decay, 1 - beta_mean, beta_square, 1 - beta_square,
                 corrected_lr, root, self.eps]  # fmt: skip
+
+    def frozen_numbers(self, explicit: bool) -> list[float]:
+        """As SGD's."""
+        return [0.0, 1.0, float(explicit), 1.0, 0.0, self.step_size if explicit else 0.0, 0.0, 1.0]
 
 
 Proposal = SGD | AdamW

@@ -1,4 +1,4 @@
-"""Schedules of the homotopy parameter L: functions of the epoch, joined by `+`. Imports checks.py only.
+"""Schedules of the homotopy parameter L: functions of the epoch, joined by `+`; and what sets them. Imports checks.py only.
 
 L = decoupled(2) + linear(0.01, 0.005, step=0.001, epochs_per_value=4) + merged()
 L(0)      # inf
@@ -6,9 +6,11 @@ L.epochs  # 27
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from .checks import number, whole
+from .checks import number, shown, whole
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,61 @@ class Schedule:
     def epochs(self) -> int:
         """The length of the schedule in epochs."""
         return len(self.values)
+
+
+class CouplingScheduler:
+    """Sets a coupling's settings, L for example, from functions of the epoch, as torch's schedulers set the learning rate.
+
+    Call `step()` after each epoch (or whatever the functions count). It writes param_groups, so that a wrapper of the
+    optimizer which shows these, and hides the rest, will do.
+
+    Args:
+        optimizer: a CoupledOptimizer, or a wrapper of one.
+        settings: for each name of a setting in param_groups, a function of the epoch: a Schedule, or your own.
+
+    Raises:
+        TypeError: something without param_groups, or a setting that is no function.
+        ValueError: a name that the coupling does not have. A value outside its range raises at the optimizer's next step.
+    """
+
+    def __init__(self, optimizer: Any, **settings: Callable[[int], float]):
+        groups = getattr(optimizer, "param_groups", None)
+        if not isinstance(groups, list):
+            raise TypeError(f"optimizer must have param_groups, got {shown(optimizer)}")
+        if not settings:
+            raise ValueError("settings must name at least one, such as L=schedule.linear(…), got none")
+        for name, function in settings.items():
+            if not callable(function):
+                raise TypeError(f"{name} must be a function of the epoch, got {shown(function)}")
+            if any("coupling" not in group or name not in group for group in groups):
+                coupling = next((group["coupling"] for group in groups if "coupling" in group), "none")
+                raise ValueError(f"{name} must be a setting of the optimizer's coupling, which is {coupling}")
+        self.optimizer = optimizer
+        self.settings = settings
+        self.epoch = 0
+        self._set()
+
+    def step(self) -> None:
+        """Goes on to the next epoch."""
+        self.epoch += 1
+        self._set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which epoch it is; the functions are not saved."""
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`; sets that epoch's values."""
+        self.epoch = whole("epoch", state_dict["epoch"], 0, 2**63 - 1)
+        self._set()
+
+    def get_last_value(self) -> dict[str, float]:
+        """What is set now, by name."""
+        return {name: number(name, function(self.epoch)) for name, function in self.settings.items()}
+
+    def _set(self) -> None:
+        for group in self.optimizer.param_groups:
+            group.update(self.get_last_value())
 
 
 def constant(L: float, epochs: int = 1) -> Schedule:

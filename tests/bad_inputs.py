@@ -172,6 +172,49 @@ case(
 )
 
 
+case("replaced parameters", "frozen in one copy", at_step(lambda o: o.replicas.eta.gain.requires_grad_(False)))
+case("replaced parameters", "a copy moved", at_step(lambda o: o.replicas.eta.double()))
+
+
+def put(name: str, value: Any, row: int = 0) -> Callable[[hta.CoupledOptimizer], None]:
+    def change(optimizer: hta.CoupledOptimizer) -> None:
+        optimizer.state[optimizer.replicas.trained[row][0]][name] = value
+
+    return change
+
+
+for value in (torch.zeros(1), torch.zeros(3, 3), "nope", 3.0, torch.zeros(8, 1, 3, 3, dtype=torch.complex64)):
+    case("state", f"momentum {str(value)[:20]!r}", at_step(put("momentum_buffer", value)))
+    case("state", f"exp_avg {str(value)[:20]!r}", at_step(put("exp_avg", value, 1), proposal=hta.AdamW()))
+for value in (7, torch.tensor(7.0), "nope", None, torch.zeros(2)):
+    case("state", f"step {str(value)[:20]!r} of one", at_step(put("step", value), proposal=hta.AdamW()))
+case("state", "one entry gone", at_step(lambda o: o.state.popitem(), proposal=hta.AdamW()))
+
+
+def moved(change: Callable[[hta.Replicas], Any], **options: Any) -> Callable[[], Any]:
+    def call() -> None:
+        optimizer = trained(**options)
+        unchanged(lambda: change(optimizer.replicas), [*buffers_of(optimizer), *optimizer.replicas.parameters()])
+
+    return call
+
+
+for what, change in {
+    "complex64": lambda r: r.to(torch.complex64),
+    "float8": lambda r: r.to(torch.float8_e4m3fn),
+    "the meta device": lambda r: r.to("meta"),
+    "channels last": lambda r: r.to(memory_format=torch.channels_last),
+    "shared memory": lambda r: r.share_memory(),
+    "an unknown device": lambda r: r.to("nope"),
+}.items():
+    case("replicas", f"moved to {what}", moved(change))
+for what, change in {
+    "float16": lambda r: r.half(), "float32": lambda r: r.float(), "bfloat16": lambda r: r.bfloat16(),
+    "float64": lambda r: r.double(),
+}.items():  # fmt: skip
+    case("replicas", f"{what} with a compute_dtype", moved(change, compute_dtype=torch.bfloat16))
+
+
 def rebind_after(change: Callable[[Any], Any]) -> Callable[[], Any]:
     def call() -> None:
         optimizer = trained()
@@ -518,8 +561,9 @@ def loaded(change: Callable[[dict[str, Any]], Any]) -> Callable[[], Any]:
     def call() -> None:
         optimizer = trained()
         state = copy.deepcopy(optimizer.replicas.state_dict())
-        for value in state["copies"][0].values():
-            value.zero_()
+        for name, value in state.items():
+            if name != "_extra_state":
+                value.zero_()
         change(state)
         unchanged(lambda: optimizer.replicas.load_state_dict(state), buffers_of(optimizer))
 
@@ -527,19 +571,73 @@ def loaded(change: Callable[[dict[str, Any]], Any]) -> Callable[[], Any]:
 
 
 for how, change in {
-    "a copy less": lambda state: state["copies"].pop(),
-    "a name less": lambda state: state["copies"][1].pop("fc.bias"),
-    "a name more": lambda state: state["copies"][1].update(more=torch.zeros(1)),
-    "another shape": lambda state: state["copies"][1].update({"fc.bias": torch.zeros(1)}),
-    "no anchor": lambda state: state.update(anchor=None),
+    "a copy less": lambda state: [state.pop(name) for name in [*state] if name.startswith("copies.1.")],
+    "a copy more": lambda state: state.update({"copies.2.fc.bias": state["copies.1.fc.bias"]}),
+    "a name less": lambda state: state.pop("copies.1.fc.bias"),
+    "a name more": lambda state: state.update({"copies.1.more": torch.zeros(1)}),
+    "another shape": lambda state: state.update({"copies.1.fc.bias": torch.zeros(1)}),
+    "no anchor": lambda state: state.pop("anchor"),
     "an anchor of one": lambda state: state.update(anchor=torch.zeros(1)),
-    "a seed": lambda state: state.update(seed=torch.zeros(1, dtype=torch.int64)),
+    "another partition": lambda state: state["_extra_state"].add_(torch.tensor([1, 0])),
+    "no partition": lambda state: state.pop("_extra_state"),
+    "the partition of half a seed": lambda state: state.update(_extra_state=state["_extra_state"][:1]),
+    "a partition that is no tensor": lambda state: state.update(_extra_state="conv_blocks"),
 }.items():
     case("replicas", f"load_state_dict with {how}", loaded(change))
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 1, 1), nn.LazyLinear(4))
+
+
+for what, make in {"on the meta device": lambda: Net().to("meta"), "lazy": lazy}.items():
+    case("replicas", f"a model {what}", lambda m=make: hta.Replicas(m()))
+for value in (3, "Net", Net(), lambda: None, lambda: nn.Linear(1, 1), lambda: Net(torch.float64)):
+    for options in ({"start": "independent"}, {"anchor": "random"}):
+        case("replicas", f"factory {str(value)[:12]!r} for {options}",
+             lambda v=value, o=options: hta.Replicas(Net(), factory=v, **o))  # fmt: skip
+the_same = Net()
+case("replicas", "a factory of one module",
+     lambda: hta.Replicas(Net(), copies=3, start="independent", factory=lambda: the_same))  # fmt: skip
 case("replicas", "start shares parameters", shared_parameters)
 case("replicas", "no trainable parameter", lambda: hta.Replicas(Net().requires_grad_(False)))
 case("replicas", "two dtypes", lambda: hta.Replicas(nn.Sequential(nn.Conv2d(1, 1, 1), nn.Linear(1, 1).double())))
 
+case("optimizers", "over parameters", lambda: hta.HomotopySGD(Net().parameters(), 0.1))
+for option in ("foreach", "fused", "dampening", "differentiable", "betas"):
+    case(
+        "optimizers",
+        f"HomotopySGD with {option}",
+        lambda o=option: hta.HomotopySGD(hta.Replicas(Net()), 0.1, **{o: True}),
+    )
+for value in (None, 3, "optimizer", nn.Linear(1, 1)):
+    case(
+        "schedules",
+        f"CouplingScheduler of {str(value)[:10]}",
+        lambda v=value: hta.CouplingScheduler(v, L=lambda e: 1.0),
+    )
+for options in (
+    {},
+    {"L": 0.1},
+    {"L": None},
+    {"l": lambda e: 0.1},
+    {"lr": 0.1},
+    {"decay": lambda e: 0.1},
+    {"params": lambda e: []},
+):
+    case("schedules", f"CouplingScheduler with {[*options]} {[*map(type, options.values())]}",
+         lambda o=options: hta.CouplingScheduler(trained(), **o))  # fmt: skip
+case("schedules", "CouplingScheduler over torch's SGD",
+     lambda: hta.CouplingScheduler(torch.optim.SGD([torch.zeros(1)], 0.1), L=lambda e: 1.0))  # fmt: skip
+for value in (-1, 1.5, None, "1"):
+    case("schedules", f"CouplingScheduler loads epoch {value!r}",
+         lambda v=value: hta.CouplingScheduler(trained(), L=lambda e: 1.0).load_state_dict({"epoch": v}))  # fmt: skip
+for value in (-1.0, float("nan"), "x", None):
+    case(
+        "schedules",
+        f"CouplingScheduler sets {value!r}",
+        at_step(lambda o, v=value: hta.CouplingScheduler(o, L=lambda e: v)),
+    )
 for value in ("replicas", None, 3, nn.Linear(1, 1)):
     case("optimizers", f"over {str(value)[:20]}", lambda v=value: hta.CoupledOptimizer(v, hta.SGD(0.1), hta.Homotopy()))
     case("optimizers", f"HomotopySGD over {str(value)[:20]}", lambda v=value: hta.HomotopySGD(v, 0.1))

@@ -390,46 +390,6 @@ def test_backward_through_an_overwritten_tensor_is_an_error(backend):
         loss.backward()
 
 
-@needs_extension
-@pytest.mark.parametrize("kind", ["none", "bytes", "mixed"])
-def test_compile_without_a_graph_break(backend, kind):
-    if backend == "reference":
-        pytest.skip("not opaque to the compiler")
-    torch.compiler.reset()  # the limit on recompilations is per function, not per test
-    labels, _ = pattern(kind, 3000)
-
-    def function(L, theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, stats):
-        hta.homotopy_step_(
-            theta, eta, g_theta, g_eta, v_theta, v_eta, anchor, labels, L=L, lr=0.05, momentum=0.9, stats=stats
-        )
-        hta.coupled_step_(
-            [theta, eta], [g_theta, g_eta], [v_theta, v_eta], anchor, labels,
-            proposal=hta.SGD(0.1, 0.5), coupling=hta.Elastic(0.2), step=2,
-        )  # fmt: skip
-        return hta.homotopy_penalty(theta * 2, eta + 1, anchor, labels, L)
-
-    compiled = torch.compile(function, fullgraph=True)
-    tensors = [*buffers(3000, torch.float32), torch.zeros(4, dtype=torch.float64)]
-    compiled_tensors = [t.clone() for t in tensors]
-    for L in (0.1, 0.09, 0.08):  # a schedule goes on inside
-        assert relative_error(compiled(L, *compiled_tensors), function(L, *tensors)) < 1e-6
-        for a, b in zip(compiled_tensors, tensors, strict=True):
-            assert relative_error(a, b) < 1e-6
-
-
-@needs_extension
-def test_compile_differentiates_the_penalty():
-    theta, eta = (torch.randn(3000, requires_grad=True) for _ in range(2))
-
-    def function(a, b):
-        return hta.homotopy_penalty(a * a, b, None, None, 0.1)
-
-    expected = torch.autograd.grad(function(theta, eta), [theta, eta])
-    actual = torch.autograd.grad(torch.compile(function, fullgraph=True)(theta, eta), [theta, eta])
-    for a, b in zip(actual, expected, strict=True):
-        assert relative_error(a, b) < 1e-6
-
-
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 

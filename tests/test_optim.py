@@ -224,7 +224,7 @@ def test_a_torch_sgd_state_loads_into_either_copy_and_back():
     for which, row in (("theta", 0), ("eta", 1)):
         optimizer.load_torch_state_dict(which, state)
         back = optimizer.torch_state_dict(which)
-        fresh = torch.optim.SGD(replicas.parameters[row], 0.1)
+        fresh = torch.optim.SGD(replicas.trained[row], 0.1)
         fresh.load_state_dict(back)
         assert fresh.param_groups[0]["lr"] == 0.07
         assert fresh.param_groups[0]["nesterov"] is True
@@ -235,10 +235,10 @@ def test_a_torch_sgd_state_loads_into_either_copy_and_back():
     assert set(back["param_groups"][0]) == set(state["param_groups"][0])
 
 
-def test_state_before_the_first_step_is_empty_as_torchs():
+def test_state_is_there_before_the_first_step():
     optimizer = hta.HomotopySGD(hta.Replicas(network()), 0.5, 0.5)
-    assert optimizer.state_dict()["state"] == {}
-    assert optimizer.torch_state_dict("theta")["state"] == {}
+    assert len(optimizer.state) == 12
+    assert not any(entry["momentum_buffer"].any() for entry in optimizer.state.values())
 
 
 def test_one_late_parameter_does_not_reset_the_others_momentum():
@@ -324,8 +324,7 @@ def test_fused_and_reference_backends_agree():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(lr=0.0), "lr must be positive"),
-        (dict(lr=-1.0), "lr must be positive"),
+        (dict(lr=-1.0), "lr must be finite and not negative"),
         (dict(lr=0.1, momentum=-1.0), "momentum must be in \\[0, 1\\)"),
         (dict(lr=0.1, nesterov=True), "nesterov needs a momentum"),
         (dict(lr=0.1, L=-1.0), "L must be in"),

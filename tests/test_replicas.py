@@ -73,11 +73,11 @@ def test_backward_fills_the_gradient_buffer(channels_last):
             replicas.layout.names, replicas.layout.views(replicas.grads[row]), plain.parameters(), strict=True
         ):
             assert torch.allclose(view, p.grad, rtol=1e-5, atol=1e-7), name
-        for p, view in zip(replicas.parameters[row], replicas.layout.views(replicas.grads[row]), strict=True):
+        for p, view in zip(replicas.trained[row], replicas.layout.views(replicas.grads[row]), strict=True):
             assert p.grad.data_ptr() == view.data_ptr()
             assert p.stride() == view.stride()
     if channels_last:
-        assert replicas.parameters[0][0].is_contiguous(memory_format=torch.channels_last)
+        assert replicas.trained[0][0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_tied_frozen_and_integer_parameters():

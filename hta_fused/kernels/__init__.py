@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 
@@ -86,6 +87,23 @@ def _bump_versions(op, mutated: tuple[int, ...]) -> None:
     library.impl(op._schema.name.split("::")[1], kernel, "ADInplaceOrView", with_keyset=True)
 
 
+def _refuse_tangents(op) -> None:
+    """Makes a penalty op raise under forward mode, where `register_autograd` would drop the tangents without a word."""
+
+    def kernel(keyset, copies, *args):
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, copies)):
+            raise NotImplementedError(f"{op} has no forward derivative; hta_fused.homotopy_penalty has")
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, copies, *args)
+
+    library.impl(op._schema.name.split("::")[1], kernel, "ADInplaceOrView", with_keyset=True)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    if torch._C._functorch.is_gradtrackingtensor(tensor):  # torch.func.jvp's, which hides its tangent here
+        return True
+    return torch._C._is_fwd_grad_enabled() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def _define(prefix: str, module: str | None) -> SimpleNamespace:
     """Defines the ops under names that start with `prefix`, and returns their overloads.
 
@@ -111,6 +129,9 @@ def _define(prefix: str, module: str | None) -> SimpleNamespace:
         setup_context=_penalty_setup,
         lib=library,
     )
+    _refuse_tangents(ops.penalty)
+    # For torch.autograd.functional's vectorize=True, whose vmap is not torch.func's and knows no Function's rule.
+    library.impl(f"{prefix}penalty", reference.penalty, "Batched")
     return ops
 
 

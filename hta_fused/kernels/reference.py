@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOW = (torch.float16, torch.bfloat16)  # kernels compute in float32 on them
+DTYPES = (torch.float32, torch.float64, *LOW)
 MAX_COPIES = 32  # csrc/arithmetic.h's kMaxCopies
 TILE = 1024  # elements that share one code, as csrc/arithmetic.h's kTile
 HASHED = 1 << 20  # the label of a tile whose elements draw theirs by hash, as csrc/args.h's kHashed

@@ -1,0 +1,377 @@
+"""Parameters of several modules of one kind over the rows of a flat buffer, and their gradients over another.
+
+What is done to the modules meanwhile, moved, replaced, frozen, written, is followed or refused here. Imports checks.py and layout.py.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from operator import attrgetter, methodcaller
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.nn.parameter import is_lazy
+
+from .checks import shown
+from .kernels.reference import DTYPES, LOW
+from .layout import Layout, owners_of, trainable
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_TRAINS, _VERSION, _ADDRESS = attrgetter("requires_grad"), attrgetter("_version"), methodcaller("data_ptr")
+# What _bind and _diagnose make anew, and copies and pickles do without.
+_DERIVED = frozenset((
+    "params", "low", "masters", "frozen", "_grad_views", "_homes", "_streams", "_held", "_were", "_single", "_all", "_trains",
+    "_flat", "_addresses", "_versions", "_half_frozen",
+))  # fmt: skip
+
+
+class FlatCopies(nn.Module):
+    """The parts of Replicas that know of memory only: no anchor, no partition, no losses.
+
+    Args:
+        copies: modules of one kind, whose trainable parameters are of one dtype, on one device.
+        layout: of those.
+        compute_dtype: float16 or bfloat16 where the modules' parameters are copies of float32 masters, else None.
+    """
+
+    def __init__(self, copies: list[nn.Module], layout: Layout, compute_dtype: torch.dtype | None):
+        super().__init__()
+        self.copies = nn.ModuleList(copies)
+        self.layout = layout
+        self.compute_dtype = compute_dtype
+        self.trained = [[trainable(net)[name] for name in layout.names] for net in copies]
+        for row, parameters in enumerate(self.trained):
+            for name, parameter in zip(layout.names, parameters, strict=True):
+                _check_plain(f"parameter {name!r} of copy {row}", parameter)
+        owners = owners_of(copies[0])
+        self._in_norm = [isinstance(owners[id(p)], _NORMS) for p in self.trained[0]]  # stays float32
+        for net in copies:
+            net.zero_grad()  # gradients of the old dtype, and of no use
+        self._bind(self.trained[0][0].detach())
+
+    def __len__(self) -> int:
+        return len(self.copies)
+
+    def rows(self, number: int) -> Tensor:
+        """A further [m, N] buffer like `params`, of zeros; number 2 and up: see Layout.rows."""
+        return self.layout.rows(len(self), self.params, number=number)
+
+    # ------------------------------------------------------------------------------------------------------ gradients
+
+    @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zeroes the flat gradient buffer, and makes it the parameters' `.grad` again where something else was.
+
+        `set_to_none` is there for callers and changes nothing for what the buffer holds.
+        """
+        self.grads.zero_()
+        for parameters, views in zip(self.trained, self._grad_views, strict=True):
+            for parameter, view in zip(parameters, views, strict=True):
+                if parameter.dtype != view.dtype:  # a float32 parameter among low ones: collect_grads() casts
+                    parameter.grad = None
+                elif parameter.grad is not view:
+                    parameter.grad = view
+
+    def collect_grads(self) -> None:
+        """Brings gradients that were put elsewhere (by `model.zero_grad()`, say) into the flat buffer; None counts as 0.
+
+        Raises:
+            RuntimeError: a parameter was moved out of the buffer, by a copy's own `to(...)` for example, or replaced or
+                added, or is frozen in some copies only.
+        """
+        self.check()
+        views_of_others, others, moved = [], [], []
+        for parameters, views in zip(self.trained, self._grad_views, strict=True):
+            for parameter, view in zip(parameters, views, strict=True):
+                grad = parameter.grad
+                if grad is not view:
+                    moved.append((parameter, view, grad))
+        for parameter, view, grad in moved:
+            if grad is None:
+                view.zero_()
+            else:
+                views_of_others.append(view)
+                others.append(_dense(grad))
+            if parameter.dtype == view.dtype:
+                parameter.grad = view
+        if others:
+            torch._foreach_copy_(views_of_others, others)
+
+    # ---------------------------------------------------------------------------------------------------------- memory
+
+    @torch.no_grad()
+    def _bind(self, like: Tensor, masters: Tensor | None = None) -> None:
+        """Takes the trained parameters, and their gradients, into new flat buffers of the dtype and device of `like`.
+
+        masters: [m, N], the values, where the parameters are in low precision.
+        """
+        rows = partial(self.layout.rows, len(self), like)
+        self.params, self.grads = rows(), rows(self.compute_dtype, 1)
+        self.low = None if self.compute_dtype is None else rows(self.compute_dtype, 4)
+        self.masters = [self.layout.tensors(row) for row in self.params]
+        self._grad_views = [self.layout.views(row) for row in self.grads]
+        self._homes = self.masters  # where each parameter lies
+        if self.low is not None:
+            self._homes = [
+                [master if norm else low for master, low, norm in zip(*both, self._in_norm, strict=True)]
+                for both in zip(self.masters, map(self.layout.tensors, self.low), strict=True)
+            ]
+        if masters is not None:
+            self.params.copy_(masters)
+        for row, parameters in enumerate(self.trained):
+            for i, parameter in enumerate(parameters):
+                if masters is None:
+                    self.masters[row][i].copy_(parameter)
+                self._lay(row, i, parameter.grad)
+        self._streams: list[torch.cuda.Stream] = []
+        self._flat = [p for row in self.trained for p in row]
+        self._addresses = [home.data_ptr() for row in self._homes for home in row]
+        self._remember()
+        self.written()
+
+    def _lay(self, row: int, i: int, grad: Tensor | None) -> None:
+        """Lays a parameter over its place in the buffers, whose master holds its value, and gives it this gradient."""
+        parameter, home, view = self.trained[row][i], self._homes[row][i], self._grad_views[row][i]
+        parameter.grad = None  # whose dtype may differ
+        parameter.data = home if home is self.masters[row][i] else home.copy_(self.masters[row][i])
+        view.zero_() if grad is None else view.copy_(_dense(grad))
+        if parameter.dtype == view.dtype:  # else a float32 parameter among low ones: collect_grads() casts
+            parameter.grad = view
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FlatCopies":
+        """What nn.Module does by `to`, `half`, `cuda` and the like: the copies move, and the buffers with them."""
+        self._take_low()
+        probe = self.params.new_empty(2, 2, 2, 2)
+        moved = fn(probe)
+        if moved.dtype not in DTYPES or moved.is_meta:
+            raise TypeError(
+                f"Replicas must be float16, bfloat16, float32 or float64 in real memory, got {moved.dtype} on {moved.device}"
+            )
+        if moved.stride() != probe.stride():
+            raise ValueError("memory_format of Replicas must stay as it is; set the model's before making its Replicas")
+        if moved.device.type == "cpu" and moved.is_shared():
+            raise ValueError("Replicas must not be moved to shared memory; make them in the process that trains")
+        if self.low is not None and (
+            moved.dtype != self.params.dtype or fn(self.low.new_empty(0)).dtype != self.low.dtype
+        ):
+            raise TypeError(
+                f"dtype of Replicas with a compute_dtype ({self.compute_dtype}) must stay as it is; make new Replicas"
+            )
+        masters = None if self.low is None else self.params
+        super()._apply(fn, recurse)
+        if not self._in_place():
+            self._bind(moved, masters)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._take_low()
+        state = {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
+        return state | {"params": None if self.low is None else self.params}  # else the parameters say all
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        grads, masters = state["grads"], state["params"]
+        super().__setstate__(state)
+        self._bind(grads.new_empty(0, dtype=self.trained[0][0].dtype) if masters is None else masters, masters)
+        self.grads.copy_(grads)
+
+    @torch.no_grad()
+    def rebind(self) -> None:
+        """Takes the values (and gradients) of parameters that were replaced or moved after the Replicas were made, by
+        `load_state_dict(assign=True)`, `module.weight = nn.Parameter(...)` or a copy's own `to(...)`, into the flat
+        buffers.
+
+        The parameters that the Replicas and the optimizer know stand in the modules again, as views of the buffers.
+
+        Raises:
+            RuntimeError: a copy's trainable parameters are not those of the layout any more, in name, shape, floating
+                dtype or device; nothing is changed then, and new Replicas are needed.
+        """
+        nets = [dict(net.named_parameters()) for net in self.copies]
+        for row, by_name in enumerate(nets):
+            self._check_same(row, by_name)
+        for row, (net, by_name) in enumerate(zip(self.copies, nets, strict=True)):
+            mine: dict[int, nn.Parameter] = {}
+            for i, name in enumerate(self.layout.names):
+                now, parameter = by_name[name], self.trained[row][i]
+                mine[id(now)] = parameter
+                if now is parameter and now.data_ptr() == self._homes[row][i].data_ptr():
+                    continue  # its master may hold more digits
+                self.masters[row][i].copy_(now)
+                self._grad_views[row][i] = self.layout.views(self.grads[row])[i]  # a copy's to() moves .grad in place
+                self._lay(row, i, now.grad)
+                parameter.requires_grad_(now.requires_grad)
+            for module in net.modules():
+                for key, value in module._parameters.items():
+                    if id(value) in mine:
+                        module._parameters[key] = mine[id(value)]
+        self._remember()
+        self.written()
+
+    def _check_same(self, row: int, by_name: Mapping[str, nn.Parameter]) -> None:
+        """Raises where a copy's parameters cannot be taken into the buffers."""
+        shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
+        for name, now in by_name.items():
+            if name not in shapes and now.requires_grad and id(now) not in map(id, self.trained[row]):
+                raise RuntimeError(
+                    f"parameter {name!r} of copy {row} was not there when rebind() looked; make new Replicas"
+                )
+        for name, shape in shapes.items():
+            if name not in by_name:
+                raise RuntimeError(f"parameter {name!r} of copy {row} is gone when rebind() looked; make new Replicas")
+            now, device = by_name[name], self.params.device
+            _check_plain(f"parameter {name!r} of copy {row}", now, RuntimeError)
+            if now.shape != shape or now.device != device or not now.is_floating_point():
+                raise RuntimeError(
+                    f"parameter {name!r} of copy {row} must be floating, of shape {tuple(shape)} on {device}, got "
+                    f"{now.dtype} {tuple(now.shape)} on {now.device}; make new Replicas"
+                )
+
+    # ------------------------------------------------------------------------------------------------- what others did
+
+    def _remember(self) -> None:
+        """Notes which parameters and modules the modules hold, and which train, for `check`."""
+        self._held = [held for m in self.modules() for held in (m._parameters, m._modules)]
+        self._were: list[dict[str, Any]] = [dict(held) for held in self._held]
+        # Dicts are compared by identity first, then by value: of one element, another parameter may equal the old one.
+        self._single = [
+            (held, k, p) for held in self._held for k, p in held.items() if isinstance(p, Tensor) and p.numel() < 2
+        ]
+        self._all = list(self.parameters())
+        self._trains: list[bool] | None = None  # unknown: the next check looks
+
+    def _unchanged(self) -> bool:
+        """Whether all modules hold the same parameters and modules as before, as frozen or not as they were; in a few
+        microseconds."""
+        try:
+            return (
+                self._trains == list(map(_TRAINS, self._all))
+                and self._held == self._were
+                and all(held[k] is p for held, k, p in self._single)
+            )
+        except Exception:  # another tensor, and == gave many values or none
+            return False
+
+    def _in_place(self) -> bool:
+        """Whether the parameters lie where they were laid."""
+        return list(map(_ADDRESS, self._flat)) == self._addresses
+
+    def check(self) -> None:
+        """Notices what was done to the parameters since it last looked; `step` and `collect_grads` call it.
+
+        Raises:
+            RuntimeError: a trained parameter was replaced, sharded, moved out of the buffer or frozen in some copies only, or a
+                trainable one was added.
+        """
+        if not self._unchanged():
+            self._diagnose()
+        if self._half_frozen:
+            raise RuntimeError(
+                f"parameter {self._half_frozen!r} is frozen in some copies and trained in others; freeze it in all (the "
+                "coupling moves it still) or in none"
+            )
+        if not self._in_place():
+            where = list(map(_ADDRESS, self._flat))
+            row, i = divmod(
+                [a == b for a, b in zip(where, self._addresses, strict=True)].index(False), len(self.layout.names)
+            )
+            raise RuntimeError(
+                f"parameter {self.layout.names[i]!r} of copy {row} no longer lies in the flat buffer; call rebind(), or move "
+                "the Replicas, not a copy (its memory format before making them)"
+            )
+        self._take_low()
+
+    def _diagnose(self) -> None:
+        """Raises where a trained parameter was replaced or a trainable one added, and else notes what is there now."""
+        for row, net in enumerate(self.copies):
+            there = {id(p) for p in net.parameters()}
+            now = dict(net.named_parameters())
+            for name, parameter in zip(self.layout.names, self.trained[row], strict=True):
+                if id(parameter) not in there:
+                    if name in now:
+                        _check_plain(f"parameter {name!r} of copy {row}", now[name], RuntimeError)
+                    raise RuntimeError(
+                        f"parameter {name!r} of copy {row} was replaced or removed after the Replicas were made, so that "
+                        "no gradient reaches it; call rebind() on the Replicas if names and shapes are as before, else "
+                        "make new Replicas"
+                    )
+            known = {id(p) for p in self.trained[row]}
+            for name, parameter in now.items():
+                if parameter.requires_grad and id(parameter) not in known:
+                    raise RuntimeError(
+                        f"parameter {name!r} of copy {row} was added, or set to train, after the Replicas were made, so "
+                        "that no step would train it; make new Replicas, or set its requires_grad to False"
+                    )
+        self._remember()
+        self._trains = list(map(_TRAINS, self._all))
+        of_each = list(zip(*([p.requires_grad for p in row] for row in self.trained), strict=True))
+        self.frozen = [i for i, trains in enumerate(of_each) if not any(trains)]
+        mixed = [i for i, trains in enumerate(of_each) if any(trains) and not all(trains)]
+        self._half_frozen = self.layout.names[mixed[0]] if mixed else None
+
+    def written(self) -> None:
+        """Says that what was written to the parameters until now came from the masters."""
+        if self.low is not None:
+            self._versions = sum(map(_VERSION, self._flat))
+
+    @torch.no_grad()
+    def _take_low(self) -> None:
+        """Takes into the masters what others wrote to low-precision parameters, such as a copy's own load_state_dict."""
+        if self.low is None or sum(map(_VERSION, self._flat)) == self._versions:
+            return
+        for parameters, masters in zip(self.trained, self.masters, strict=True):
+            for parameter, master in zip(parameters, masters, strict=True):
+                if parameter.dtype != master.dtype:  # an untouched one's master holds more digits
+                    master.copy_(torch.where(parameter == master.to(parameter.dtype), master, parameter))
+        self.written()
+
+    def _low_entries(self, prefix: str) -> dict[str, Tensor]:
+        """The masters of low-precision parameters, by their keys in a state_dict; tied ones under each of their names."""
+        if self.low is None:
+            return {}
+        entries = {}
+        for row, net in enumerate(self.copies):
+            masters = {id(p): m for p, m in zip(self.trained[row], self.masters[row], strict=True)}
+            for name, parameter in net.named_parameters(remove_duplicate=False):
+                if id(parameter) in masters:
+                    entries[f"{prefix}copies.{row}.{name}"] = masters[id(parameter)]
+        return entries
+
+
+def check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> tuple[Tensor, torch.dtype | None]:
+    """Raises where a model's trainable parameters cannot lie in one buffer; returns one of them, and the compute_dtype where it
+    is not theirs."""
+    first = trainable(model)
+    if not first:
+        raise ValueError("model has no parameter that requires a gradient")
+    for name, parameter in first.items():
+        _check_plain(f"model's parameter {name!r}", parameter)
+    kinds = {(p.dtype, p.device) for p in first.values()}
+    if len(kinds) > 1:
+        found = ", ".join(f"{dtype} on {device}" for dtype, device in sorted(kinds, key=str))
+        raise TypeError(f"model's trainable parameters must share one dtype and device, got {found}")
+    ((dtype, _),) = kinds
+    if dtype not in DTYPES:
+        raise TypeError(f"model's trainable parameters must be float16, bfloat16, float32 or float64, got {dtype}")
+    if compute_dtype == dtype:
+        compute_dtype = None
+    if compute_dtype is not None and (compute_dtype not in LOW or dtype != torch.float32):
+        got = compute_dtype if isinstance(compute_dtype, torch.dtype) else shown(compute_dtype)
+        raise TypeError(f"compute_dtype must be bfloat16 or float16 beside float32, got {got} for {dtype}")
+    return next(iter(first.values())), compute_dtype
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad if grad.layout == torch.strided else grad.to_dense()
+
+
+def _check_plain(what: str, parameter: Tensor, error: type[Exception] = TypeError) -> None:
+    """Raises where a parameter cannot lie in a flat buffer."""
+    if hasattr(parameter, "fake_mode") or parameter.is_meta:
+        kind = "a fake one (FakeTensorMode)" if hasattr(parameter, "fake_mode") else "one on the meta device"
+        raise error(f"{what} must be a real tensor, got {kind}, which has no memory")
+    if is_lazy(parameter):
+        raise error(f"{what} has no shape yet: run the lazy module once first")
+    if not issubclass(type(parameter), nn.Parameter):  # isinstance says yes to every tensor that was made a parameter
+        sharded = ": FSDP2's shards cannot lie in a flat buffer" if type(parameter).__name__ == "DTensor" else ""
+        raise error(f"{what} must be a plain torch.nn.Parameter, got a {type(parameter).__name__}{sharded}")

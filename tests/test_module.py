@@ -1,0 +1,549 @@
+"""Replicas as a module of torch: what holds for any nn.Module holds for them, and their state says all."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+from torch import nn
+
+import hta_fused as hta
+from hta_fused.layout import trainable
+
+PROPOSALS = {"SGD": hta.SGD(0.05, 0.9, 1e-3), "AdamW": hta.AdamW(0.01)}
+COUPLINGS = [hta.Homotopy(0.05), hta.Explicit(1.0), hta.EMA(0.9), hta.Lookahead(0.5, every=2), hta.Elastic(0.1),
+             hta.Parle(every=2), hta.Average(0.1, every=3)]  # fmt: skip
+
+
+class Net(nn.Module):
+    """A convolution, norms of both kinds, tied weights, a frozen layer and a parameter of one element."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)
+        self.fc, self.tied = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.tied.weight = self.fc.weight
+        self.frozen = nn.Linear(32, 32).requires_grad_(False)
+        self.layer_norm, self.gain = nn.LayerNorm(32), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        x = self.norm(self.conv(x.to(self.conv.weight.dtype)).to(self.norm.weight.dtype)).flatten(1)
+        x = self.tied(torch.relu(self.fc(x.to(self.fc.weight.dtype))))
+        x = self.frozen(x.to(self.frozen.weight.dtype))
+        return (self.layer_norm(x.to(self.layer_norm.weight.dtype)) * self.gain).float()
+
+
+def batch(n=8):
+    return torch.randn(n, 1, 4, 4), torch.randint(0, 32, (n,))
+
+
+def loss(net, batch):
+    return F.cross_entropy(net(batch[0]), batch[1])
+
+
+def train(optimizer, batches):
+    for one in batches:
+        optimizer.zero_grad()
+        optimizer.replicas.backward(loss, one)
+        optimizer.step()
+    return optimizer.replicas.params.clone()
+
+
+def pair(copies=2, proposal="SGD", coupling=COUPLINGS[0], **options):
+    replicas = hta.Replicas(Net(), copies, **options)
+    return hta.CoupledOptimizer(replicas, PROPOSALS[proposal], coupling)
+
+
+# -------------------------------------------------------------------------------------------------------- storages
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_every_tensor_that_can_be_saved_has_a_storage_of_its_own(channels_last, compute_dtype):
+    model = Net().to(memory_format=torch.channels_last) if channels_last else Net()
+    replicas = hta.Replicas(model, compute_dtype=compute_dtype)
+    optimizer = hta.CoupledOptimizer(replicas, hta.AdamW(), hta.Homotopy())
+    tensors = [*replicas.parameters(), *replicas.masters[0], *replicas.masters[1]]
+    tensors += [v for entry in optimizer.state.values() for k, v in entry.items() if k != "step"]
+    distinct = {t.data_ptr(): t for t in tensors}.values()
+    for t in distinct:
+        assert t.untyped_storage().nbytes() == t.nbytes
+        assert t.storage_offset() == 0
+    for p, shape, stride in zip(replicas.trained[0], replicas.layout.shapes, replicas.layout.strides, strict=True):
+        assert (p.shape, p.stride()) == (shape, stride)
+    file = io.BytesIO()
+    torch.save(replicas.theta.state_dict(), file)
+    plain = io.BytesIO()
+    torch.save(copy.deepcopy(replicas.theta).state_dict(), plain)
+    assert file.tell() == plain.tell()
+
+
+def test_the_buffer_lives_as_long_as_a_parameter():
+    parameter = hta.Replicas(Net()).theta.fc.weight
+    before = parameter.clone()
+    _ = [torch.full((100_000,), math.pi) for _ in range(20)]
+    assert torch.equal(parameter, before)
+
+
+# ------------------------------------------------------------------------------------------------------- as a module
+
+
+def test_forward_is_each_copys():
+    replicas = hta.Replicas(Net(), 3, start="independent", factory=Net).eval()
+    x, _ = batch()
+    outputs = replicas(x)
+    assert len(outputs) == 3
+    for output, net in zip(outputs, replicas, strict=True):
+        assert torch.equal(output, net(x))
+    assert not any(net.training for net in replicas)
+    assert all(net.training for net in replicas.train())
+
+
+class WithLoss(Net):
+    def forward(self, x, labels=None, scale=1.0):
+        logits = super().forward(x)
+        return (
+            {"logits": logits}
+            if labels is None
+            else {"loss": scale * F.cross_entropy(logits, labels), "logits": logits}
+        )
+
+
+def test_a_loss_among_the_outputs_is_summed():
+    replicas = hta.Replicas(WithLoss(), start="independent", factory=WithLoss).eval()
+    x, y = batch()
+    outputs = replicas(x, labels=y, scale=2.0)
+    alone = [net(x, labels=y, scale=2.0) for net in replicas]
+    assert torch.equal(outputs["loss"], torch.stack([o["loss"] for o in alone]).sum())
+    assert all(torch.equal(a, b["logits"]) for a, b in zip(outputs["logits"], alone, strict=True))
+    outputs["loss"].backward()
+    together = replicas.grads.clone()
+    replicas.zero_grad()
+    replicas.backward(lambda net: net(x, labels=y, scale=2.0)["loss"])
+    assert relative_error(together, replicas.grads) < 1e-5
+    assert isinstance(replicas(x), tuple)
+
+
+def test_hooks_names_and_parameters():
+    replicas = hta.Replicas(Net(), 2)
+    calls = []
+    replicas.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    replicas(batch()[0])
+    assert calls == [2]
+    names = dict(replicas.named_parameters())
+    assert names["copies.1.fc.weight"] is replicas.eta.fc.weight
+    assert len(names) == 2 * len(dict(Net().named_parameters()))
+    assert replicas.get_submodule("copies.0") is replicas.theta
+    assert not hasattr(hta.Replicas(Net(), 1), "eta")
+
+
+MOVES = {"double": lambda m: m.double(), "half": lambda m: m.half(), "bfloat16": lambda m: m.to(torch.bfloat16),
+         "to_empty": lambda m: m.to_empty(device="cpu"), "type": lambda m: m.type(torch.float64),
+         "nothing": lambda m: m.to("cpu"), "float": lambda m: m.float()}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "when", ["before the optimizer", "after the optimizer", "in the middle", "inside another module"]
+)
+@pytest.mark.parametrize("how", MOVES)
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_moved_replicas_train_as_those_that_were_made_there(how, when, proposal):
+    batches = [batch() for _ in range(3)]
+    replicas = hta.Replicas(Net(), 2, "hashed")
+    move = MOVES[how]
+    make = lambda r: hta.CoupledOptimizer(r, PROPOSALS[proposal], hta.Homotopy(0.05))  # noqa: E731
+    holder = nn.ModuleList([replicas]) if when == "inside another module" else replicas
+    if when == "before the optimizer":
+        move(replicas)
+        optimizer = make(replicas)
+    else:
+        optimizer = make(replicas)
+        if when == "in the middle":
+            train(optimizer, batches)
+        move(holder)
+    with torch.no_grad():
+        for p in replicas.parameters():  # to_empty leaves anything
+            p.copy_(torch.randn_like(p))
+    anchor = torch.randn_like(replicas.anchor)
+    replicas.anchor.copy_(anchor)
+    dtype = {"double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16, "type": torch.float64}.get(how)
+    assert replicas.params.dtype == (dtype or torch.float32) == replicas.anchor.dtype
+    twin = hta.Replicas(copy.deepcopy(replicas.theta), 2, "hashed", anchor, [copy.deepcopy(replicas.eta)])
+    other = make(twin)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for net in (*replicas, *twin):
+        net.norm.reset_running_stats()
+    assert torch.equal(train(optimizer, batches), train(other, batches))
+    for row in (0, 1):
+        for p, view in zip(replicas.trained[row], replicas.layout.views(replicas.params[row]), strict=True):
+            assert p.data_ptr() == view.data_ptr()
+
+
+def test_moving_keeps_gradients_and_masters():
+    replicas = hta.Replicas(Net(), compute_dtype=torch.bfloat16)
+    replicas.params += 1e-4  # digits that bfloat16 lacks, as if by steps
+    replicas.to("cpu")
+    before, low = replicas.params.clone(), replicas.low.clone()
+    replicas._apply(lambda t: t.clone())
+    assert torch.equal(replicas.params, before)
+    assert not torch.equal(replicas.low, low)
+    replicas = hta.Replicas(Net())
+    replicas.backward(loss, batch())
+    grads = replicas.grads.double()
+    assert torch.equal(replicas.double().grads, grads)
+    assert replicas.theta.fc.weight.grad.dtype == torch.float64
+
+
+# ------------------------------------------------------------------------------------------------------------- state
+
+
+@pytest.mark.parametrize("partition", ["auto", "hashed"])
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("coupling", COUPLINGS, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_the_two_state_dicts_are_all_that_the_next_step_reads(proposal, coupling, compute_dtype, partition):
+    """Into fresh ones, whose anchor, seed, settings and values all differ: the same bits."""
+    make = lambda: pair(3, proposal, coupling, partition=partition, compute_dtype=compute_dtype)  # noqa: E731
+    optimizer, fresh = make(), make()
+    if partition == "hashed":
+        optimizer.replicas.partition.resample(5)
+    train(optimizer, [batch() for _ in range(5)])
+    train(fresh, [batch()])
+    file = io.BytesIO()
+    torch.save({"replicas": optimizer.replicas.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert all(isinstance(v, torch.Tensor) for v in saved["replicas"].values())
+    fresh.replicas.load_state_dict(saved["replicas"])
+    fresh.load_state_dict(saved["optimizer"])
+    batches = [batch() for _ in range(5)]
+    assert torch.equal(train(optimizer, batches), train(fresh, batches))
+    if optimizer.replicas.anchor is not None:
+        assert torch.equal(optimizer.replicas.anchor, fresh.replicas.anchor)
+
+
+def test_state_dict_nests_and_assigns():
+    class Untied(Net):
+        def __init__(self):
+            super().__init__()
+            self.tied.weight = nn.Parameter(torch.randn(32, 32))
+
+    for make, assign in ((Untied, True), (Untied, False), (Net, False)):
+        holder, other = (nn.ModuleDict({"net": hta.Replicas(make())}) for _ in range(2))
+        state = copy.deepcopy(holder.state_dict())
+        assert "net.copies.1.conv.weight" in state
+        assert "net.anchor" in state
+        other.load_state_dict(state, assign=assign)
+        assert torch.equal(other["net"].params, holder["net"].params)
+        other["net"].check()  # the parameters lie in the buffer again
+        assert torch.equal(other["net"].anchor, holder["net"].anchor)
+        alone = hta.Replicas(make())
+        alone.load_state_dict(holder["net"].state_dict(), assign=True)
+        alone.check()
+        assert torch.equal(alone.params, holder["net"].params)
+    wrong = nn.ModuleDict({"net": hta.Replicas(Net(), partition="random")})
+    with pytest.raises(RuntimeError, match="saved with another partition than these Replicas'"):
+        wrong.load_state_dict(state)
+
+
+def test_another_partition_or_seed_is_another_state():
+    state = hta.Replicas(Net(), partition="hashed").state_dict()
+    for partition in ("conv_blocks", "random", "hashed"):
+        replicas = hta.Replicas(Net(), partition=partition)
+        if partition == "hashed":
+            replicas.partition.resample(99)
+            replicas.load_state_dict(state)
+            assert int(replicas.partition.seed) == 0
+        else:
+            with pytest.raises(RuntimeError, match="another partition"):
+                replicas.load_state_dict(state)
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "copy_", "init", "optimizer"])
+def test_what_is_written_to_low_precision_parameters_counts(how):
+    optimizer = pair(compute_dtype=torch.bfloat16)
+    train(optimizer, [batch()])
+    net, new = optimizer.replicas.eta, Net()
+    before = optimizer.replicas.params.clone()
+    with torch.no_grad():
+        if how == "load_state_dict":
+            net.load_state_dict(new.state_dict())
+        elif how == "copy_":
+            net.fc.weight.copy_(new.fc.weight)
+        elif how == "init":
+            nn.init.zeros_(net.fc.weight)
+        else:
+            torch.optim.SGD([net.fc.weight], 1.0).step()  # does nothing
+            net.fc.weight.mul_(2)
+    value = net.fc.weight.detach().clone()
+    master = optimizer.replicas.state_dict()["copies.1.fc.weight"]  # may hold more digits of what stayed as it was
+    assert torch.equal(master.bfloat16(), value)
+    assert torch.equal(optimizer.replicas.params[0], before[0])
+    optimizer.coupling = hta.Homotopy(math.inf)
+    optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    optimizer.step()
+    assert torch.equal(net.fc.weight.detach(), value)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_keep_hooks_modes_and_frozen_ones(again):
+    replicas = hta.Replicas(Net(), 2, compute_dtype=torch.bfloat16).eval()
+    for net in replicas:
+        net.gain.requires_grad_(False)
+    other = again(replicas)
+    assert not other.theta.training
+    assert not other.eta.gain.requires_grad
+    assert torch.equal(other.params, replicas.params)
+    assert other.layout == replicas.layout
+    assert set(trainable(other.theta)) == set(trainable(replicas.theta))
+    other.check()
+    assert other.frozen == [other.layout.names.index("gain")]
+
+
+# ----------------------------------------------------------------------------------------------- state is what counts
+
+
+def test_clearing_the_state_is_a_fresh_start():
+    for proposal in PROPOSALS:
+        optimizer = pair(proposal=proposal)
+        train(optimizer, [batch() for _ in range(3)])
+        fresh = hta.CoupledOptimizer(copy.deepcopy(optimizer.replicas), PROPOSALS[proposal], COUPLINGS[0])
+        optimizer.state.clear()
+        batches = [batch() for _ in range(3)]
+        assert torch.equal(train(optimizer, batches), train(fresh, batches))
+
+
+EDITS = {
+    "assigned": lambda entry, name, value: entry.__setitem__(name, value.clone()),
+    "in place": lambda entry, name, value: entry[name].copy_(value),
+    "float64": lambda entry, name, value: entry.__setitem__(name, value.double()),
+}
+
+
+@pytest.mark.parametrize("how", EDITS)
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_edited_state_is_used_and_shown(proposal, how):
+    optimizer, other = pair(proposal=proposal), None
+    train(optimizer, [batch() for _ in range(2)])
+    other = copy.deepcopy(optimizer)
+    for one in (optimizer, other):
+        for row in range(2):
+            for parameter in one.replicas.trained[row]:
+                for name in PROPOSALS[proposal].all_buffers:
+                    value = torch.full_like(parameter, 0.125).detach()
+                    if one is optimizer:
+                        EDITS[how](one.state[parameter], name, value)
+                    else:
+                        one.state[parameter][name].copy_(value)
+    batches = [batch() for _ in range(2)]
+    assert torch.equal(train(optimizer, batches), train(other, batches))
+    entry = optimizer.state[optimizer.replicas.theta.fc.weight]
+    for name in PROPOSALS[proposal].all_buffers:
+        where = optimizer._buffers[name][0]
+        assert where.data_ptr() <= entry[name].data_ptr() < where.data_ptr() + where.nbytes
+
+
+def test_swapped_entries_are_swapped():
+    optimizer = pair()
+    train(optimizer, [batch()])
+    one, two = optimizer.replicas.theta.fc.weight, optimizer.replicas.eta.fc.weight
+    first, second = (optimizer.state[p]["momentum_buffer"].clone() for p in (one, two))
+    first.fill_(3)
+    optimizer.state[one]["momentum_buffer"].fill_(3)
+    optimizer.state[one], optimizer.state[two] = optimizer.state[two], optimizer.state[one]
+    optimizer.coupling = hta.Homotopy(0.1)  # the settings are looked at, and so is the state
+    assert torch.equal(optimizer.state[two]["momentum_buffer"], first)
+    assert torch.equal(optimizer.state[one]["momentum_buffer"], second)
+
+
+def test_adamws_step_can_be_set_and_is_shown():
+    optimizer = pair(proposal="AdamW")
+    train(optimizer, [batch() for _ in range(2)])
+    optimizer.state[optimizer.replicas.theta.gain]["step"].fill_(40)
+    train(optimizer, [batch()])
+    assert optimizer.steps == 41
+    assert all(entry["step"] == 41 for entry in optimizer.state.values())
+    for entry in optimizer.state.values():
+        entry["step"] = torch.tensor(7.0)
+    train(optimizer, [batch()])
+    assert optimizer.steps == 8
+
+
+def test_momentum_waits_while_it_is_zero_as_torchs():
+    optimizer = pair()
+    twin = copy.deepcopy(optimizer)
+    train(optimizer, [batch()])
+    kept = optimizer.state[optimizer.replicas.theta.fc.weight]["momentum_buffer"].clone()
+    optimizer.param_groups[0]["momentum"] = 0.0
+    train(optimizer, [batch()])
+    optimizer.param_groups[0]["momentum"] = 0.9
+    optimizer.step()  # makes the buffers again; with the gradients of the step before
+    gradient = optimizer.replicas.theta.fc.weight.grad
+    now = optimizer.state[optimizer.replicas.theta.fc.weight]["momentum_buffer"]
+    assert not torch.allclose(now, gradient)
+    assert kept.any()
+    twin.param_groups[0]["momentum"] = 0.0
+    twin.step()
+    value = torch.full((32, 32), 2.0)
+    twin.state[twin.replicas.theta.fc.weight]["momentum_buffer"] = value.clone()  # before there is a use for it
+    twin.param_groups[0].update(momentum=0.5, weight_decay=0.0)
+    twin.zero_grad()
+    twin.step()
+    assert torch.equal(twin.state[twin.replicas.theta.fc.weight]["momentum_buffer"], value / 2)
+
+
+def test_load_hooks_count():
+    optimizer = pair()
+    train(optimizer, [batch()])
+    state = copy.deepcopy(optimizer.state_dict())
+
+    def before(optimizer, state):
+        return {
+            **state,
+            "state": {k: {"momentum_buffer": v["momentum_buffer"] * 0 + 5} for k, v in state["state"].items()},
+        }
+
+    def after(optimizer):
+        optimizer.state[optimizer.replicas.theta.fc.weight]["momentum_buffer"].fill_(6)
+        optimizer.state[optimizer.replicas.eta.fc.weight]["momentum_buffer"] = torch.full((32, 32), 7.0)
+
+    optimizer.register_load_state_dict_pre_hook(before)
+    optimizer.register_load_state_dict_post_hook(after)
+    optimizer.load_state_dict(state)
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    optimizer.step()
+    for net, fc in zip(optimizer.replicas, (6, 7), strict=True):
+        for name, p in trainable(net).items():
+            wanted = 0.9 * (fc if name == "fc.weight" else 5)
+            assert torch.allclose(optimizer.state[p]["momentum_buffer"], torch.full_like(p, wanted)), name
+
+
+# ----------------------------------------------------------------------------------------------------------- freezing
+
+
+@pytest.mark.parametrize(
+    "coupling", [c for c in COUPLINGS if not isinstance(c, hta.Parle)], ids=lambda c: type(c).__name__
+)
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_a_frozen_parameter_is_moved_by_the_coupling_alone(proposal, coupling):
+    """As if its proposal were itself; with one copy, and copies that agree with their anchor, it stays to the bit."""
+    for copies in (1, 2):
+        if copies == 1 and isinstance(coupling, hta.Explicit):
+            continue
+        optimizer = pair(copies, proposal, coupling, partition={})
+        replicas = optimizer.replicas
+        train(optimizer, [batch() for _ in range(2)])
+        with torch.no_grad():
+            for row in range(copies):
+                replicas.params[row] += 0.1 * torch.randn_like(replicas.params[row])
+        for net in replicas:
+            net.fc.requires_grad_(False)
+        frozen = [i for i, name in enumerate(replicas.layout.names) if name.startswith("fc.")]
+        before, anchor = replicas.params.clone(), replicas.anchor.clone()
+        state = {name: buffer.clone() for name, buffer in optimizer._buffers.items()}
+        step = optimizer.steps + 1
+        gamma = PROPOSALS[proposal].step_size
+        train(optimizer, [batch()])
+        rules = coupling.rules(copies, gamma, step)[0]
+        layout = replicas.layout
+        for i in frozen:
+            old = [layout.views(row)[i].double() for row in before]
+            theta = layout.views(anchor)[i].double()
+            read, keep, share, pull, _ = rules[:copies].unbind(-1)
+            for j in range(copies):
+                if coupling.explicit:
+                    gap = sum(read[k] * (old[j] - old[k]) for k in range(copies))
+                    wanted = old[j] - gamma * (pull[j] * (old[j] - theta) + share[j] * gap)
+                else:
+                    s = sum(read[k] * old[k] for k in range(copies))
+                    wanted = keep[j] * old[j] + share[j] * s + pull[j] * theta
+                assert relative_error(layout.views(replicas.params[j])[i], wanted) < 1e-5
+                if not coupling.explicit:
+                    for name, buffer in state.items():
+                        now = layout.views(optimizer._buffers[name][j])[i]
+                        assert torch.equal(now, layout.views(buffer[j])[i]), name
+        moved = layout.names.index("conv.weight")
+        assert not torch.equal(layout.views(replicas.params[0])[moved], layout.views(before[0])[moved])
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_a_frozen_parameter_of_copies_that_agree_stays(proposal):
+    optimizer = pair(2, proposal, hta.Homotopy(math.inf))
+    train(optimizer, [batch()])
+    for net in optimizer.replicas:
+        net.conv.requires_grad_(False)
+    before = optimizer.replicas.theta.conv.weight.clone()
+    train(optimizer, [batch() for _ in range(3)])
+    assert torch.equal(optimizer.replicas.theta.conv.weight, before)
+    for net in optimizer.replicas:
+        net.conv.requires_grad_(True)
+    train(optimizer, [batch()])
+    assert not torch.equal(optimizer.replicas.theta.conv.weight, before)
+
+
+# ------------------------------------------------------------------------------------------------- settings of others
+
+
+def test_maximize_and_lr_zero_as_torch_has_them():
+    for options in (dict(lr=0.1, momentum=0.9, maximize=True), dict(lr=0.0, momentum=0.9)):
+        model = Net()
+        twin = copy.deepcopy(model)
+        ours = hta.HomotopySGD(hta.Replicas(model, 1, {}), L=math.inf, **options)
+        theirs = torch.optim.SGD(trainable(twin).values(), **options)
+        for one in [batch() for _ in range(3)]:
+            train(ours, [one])
+            theirs.zero_grad()
+            loss(twin, one).backward()
+            theirs.step()
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+            assert relative_error(a.detach(), b.detach()) < 1e-5
+
+
+class Hides:
+    """A wrapper that shows what all wrappers show."""
+
+    def __init__(self, optimizer):
+        self.param_groups = optimizer.param_groups
+        self.step = optimizer.step
+
+
+@pytest.mark.parametrize("wrap", [lambda o: o, Hides])
+def test_a_scheduler_of_L(wrap):
+    schedule = hta.schedule.geometric(1.0, 0.1, 0.5, epochs_per_value=2) + hta.schedule.merged()
+    optimizer = pair()
+    scheduler = hta.CouplingScheduler(wrap(optimizer), L=schedule)
+    seen = []
+    for epoch in range(schedule.epochs + 2):
+        seen.append(optimizer.coupling.L)
+        assert scheduler.get_last_value() == {"L": schedule(epoch)}
+        train(optimizer, [batch()])
+        scheduler.step()
+    assert seen == [schedule(epoch) for epoch in range(len(seen))]
+    again = hta.CouplingScheduler(wrap(pair()), L=schedule)
+    state = hta.CouplingScheduler(wrap(optimizer), L=schedule)
+    state.epoch = 3
+    again.load_state_dict(pickle.loads(pickle.dumps(state.state_dict())))
+    assert again.optimizer.param_groups[0]["L"] == schedule(3)
+
+
+def test_a_factory_draws_the_copies_and_the_anchor():
+    """Where a deep copy's reset_parameters() would draw from other distributions."""
+
+    class Small(Net):
+        def __init__(self):
+            super().__init__()
+            for p in self.parameters():
+                nn.init.uniform_(p, 1, 2)
+
+    replicas = hta.Replicas(Small(), 3, start="independent", anchor="random", factory=Small)
+    for net in replicas:
+        assert all((p >= 1).all() for p in net.parameters())
+    assert len({float(net.fc.weight[0, 0]) for net in replicas}) == 3
+    assert all((v >= 1).all() for v in replicas.layout.views(replicas.anchor))
+    with pytest.raises(ValueError, match="pass factory="):
+        hta.Replicas(Small(), start="independent")  # its gain belongs to no module that resets it
