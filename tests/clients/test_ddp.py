@@ -23,9 +23,9 @@ def train(replicas, optimizer, forward, batches):
     return replicas.state_dict()
 
 
-def process(rank, folder, view):
+def process(rank, port, folder, view):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", port), rank=rank, world_size=2)
     net, batches = torch.load(folder / "start.pt", weights_only=False)
     if rank:
         nn.init.zeros_(net[0].weight)  # DDP brings the first process's parameters
@@ -34,6 +34,7 @@ def process(rank, folder, view):
     optimizer = hta.HomotopySGD(replicas, lr=0.1, momentum=0.9, L=0.1)
     own = [(x.chunk(2)[rank], y.chunk(2)[rank]) for x, y in batches]
     torch.save(train(replicas, optimizer, ddp, own), folder / f"{rank}.pt")
+    del ddp  # first: torch's DDP, collected after its process group is gone, now and then waits for ever
     dist.destroy_process_group()
 
 
@@ -42,7 +43,8 @@ def test_two_processes_train_like_one(view, tmp_path):
     net = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 2))
     batches = [(torch.randn(32, 20), torch.randint(2, (32,))) for _ in range(10)]
     torch.save((copy.deepcopy(net), batches), tmp_path / "start.pt")
-    torch.multiprocessing.spawn(process, (tmp_path, view), nprocs=2)
+    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True)  # on a port that is free
+    torch.multiprocessing.spawn(process, (meeting.port, tmp_path, view), nprocs=2)
 
     replicas = hta.Replicas(net)
     whole = train(replicas, hta.HomotopySGD(replicas, lr=0.1, momentum=0.9, L=0.1), replicas, batches)
