@@ -17,14 +17,13 @@ from . import couplings, proposals
 from .checks import flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy
 from .kernels import kernels, library, reference
-from .kernels.reference import MAX_COPIES
+from .kernels.reference import DTYPES, MAX_COPIES
 from .proposals import SGD, Proposal
 
 if TYPE_CHECKING:
     from .partition import Partition
 
 Rows = Tensor | Sequence[Tensor]
-DTYPES = (torch.float32, torch.float64, *reference.LOW)  # of copies
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rules
@@ -102,9 +101,7 @@ def _remade(kind: type, values: Iterator[float], **others: Any) -> Any:
 
 
 def _as_tensors(values: list[Any]) -> list[Tensor]:
-    zero = torch.zeros(
-        (), dtype=torch.float64, device="cpu"
-    )  # to add a float to is how it may vary; to fill with it, not
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")  # adding lets a float vary; filling makes it a constant
     return [v.detach().cpu() if isinstance(v, Tensor) else zero + v for v in values]
 
 

@@ -122,6 +122,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
         return self._coupling_of(self.param_groups[0])
 
     @coupling.setter
+    @_disable_dynamo  # else a compiled function would be compiled anew for each value
     def coupling(self, value: Coupling) -> None:
         _check_coupling(value, self.replicas)
         self._take_edits()
@@ -759,6 +760,7 @@ class HomotopySGD(CoupledOptimizer):
         return self.param_groups[0]["L"]
 
     @L.setter
+    @_disable_dynamo
     def L(self, value: float) -> None:
         self.coupling = replace(self.coupling, L=value)  # type: ignore[call-arg]
 

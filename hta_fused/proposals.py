@@ -149,5 +149,7 @@ BY_NAME: dict[str, type[SGD] | type[AdamW]] = {"SGD": SGD, "AdamW": AdamW}
 
 
 def _check_range(name: str, value: float) -> None:
+    if isinstance(value, torch.Tensor) and torch.compiler.is_compiling():
+        return  # the op that makes the rules will look
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and not negative, got {value}")

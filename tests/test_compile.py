@@ -258,6 +258,25 @@ def test_a_training_step_compiles_once_and_is_the_eager_one(proposal, part, comp
     assert optimizer.steps == twin.steps == 12
 
 
+def test_L_may_be_assigned_inside_a_compiled_step():
+    x, y = torch.randn(12, 8, 1, 4, 4), torch.randint(0, 16, (12, 8))
+    optimizer = hta.HomotopySGD(hta.Replicas(Net()), 0.05, 0.9)
+    twin = copy.deepcopy(optimizer)
+
+    def step(optimizer, L, batch):
+        optimizer.L = L
+        optimizer.zero_grad()
+        optimizer.replicas.backward(lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]), batch)
+        optimizer.step()
+
+    compiled, _ = counted(step, "aot_eager")
+    for k, batch in enumerate(zip(x, y, strict=True)):
+        step(optimizer, 0.5 * 0.6**k, batch)
+        with torch._dynamo.config.patch(error_on_recompile=k > 2):
+            compiled(twin, 0.5 * 0.6**k, batch)
+        assert torch.equal(optimizer.replicas.params, twin.replicas.params)
+
+
 # --------------------------------------------------------------------------------------------------------- torch.func
 
 N = 7
