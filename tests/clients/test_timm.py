@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.optim import Lookahead
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
@@ -74,3 +75,27 @@ def test_the_average_follows_every_copy():
     averaged = ema.module.merge()  # an ordinary model
     weight = torch.stack([net.conv1[0].weight for net in ema.module]).mean(0)
     torch.testing.assert_close(averaged.conv1[0].weight, weight)
+
+
+@pytest.mark.xfail(strict=True, reason="what others keep in optimizer.state is lost at the next step")
+def test_timms_lookahead_goes_around_the_optimizer():
+    """Its slow weights begin where the fast ones are after k steps, and lie in the optimizer's state."""
+    net = torch.nn.Linear(20, 2)
+    wrapped, plain = hta.Replicas(copy.deepcopy(net)), hta.Replicas(net)
+    lookahead = Lookahead(hta.HomotopySGD(wrapped, lr=0.1, momentum=0.9, L=0.1), alpha=0.5, k=3)
+    optimizer = hta.HomotopySGD(plain, lr=0.1, momentum=0.9, L=0.1)
+    slow = None
+    for step in range(1, 10):
+        x = torch.randn(32, 20)
+        for replicas, one in ((wrapped, lookahead), (plain, optimizer)):
+            one.zero_grad()
+            sum(output.square().mean() for output in replicas(x)).backward()
+            one.step()
+        if step % 3 == 0:
+            with torch.no_grad():
+                slow = slow or [p.clone() for p in plain.parameters()]
+                for at, p in zip(slow, plain.parameters(), strict=True):
+                    p.copy_(at.add_(p - at, alpha=0.5))
+    assert all("lookahead_slow_buff" in entry for entry in lookahead.state_dict()["state"].values())
+    for p, expected in zip(wrapped.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, expected)
