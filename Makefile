@@ -3,15 +3,17 @@
 # make bench   set up, then measure every speed that the README states (RESULTS= is the folder)
 # make stress  set up, then kill, alter, fill up and mistype whatever can be, for some three minutes
 # make gpu     on a machine with an NVIDIA GPU: build, test, check and measure with the python3 and torch that are there
+# make clients set up one more environment, then train in Lightning, transformers and others (ARGS= are pytest's)
 # make lint    the linter, the formatter's check and the type checker
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+CLIENTS := .venv-clients
 RESULTS := runs/bench
 PYTHON ?= python3
 
-.PHONY: train test bench stress gpu lint clean
+.PHONY: train test bench stress gpu clients lint clean
 
 train: $(READY)
 	$(BIN)/hta-train $(ARGS)
@@ -30,6 +32,9 @@ stress: $(READY)
 gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)
 
+clients: $(CLIENTS)/ready
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/pytest tests/clients $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,5 +46,12 @@ $(READY): requirements.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
+# A copy of the package, without CUDA kernels, which no client needs: the checkout keeps the extension that .venv has built.
+$(CLIENTS)/ready: tests/clients/requirements.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/* hta_fused/*.py hta_fused/*/*.py)
+	test -x $(CLIENTS)/bin/python || python3 -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -q -r tests/clients/requirements.txt
+	HTA_CUDA=0 $(CLIENTS)/bin/python -m pip install -q --no-build-isolation --no-deps .
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info hta_fused/_C.so
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info hta_fused/_C.so
