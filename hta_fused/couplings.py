@@ -261,10 +261,9 @@ class Parle(Coupling):
         average = (0.0, self.decay, (1 - self.decay) * (1 - pull), (1 - self.decay) * pull, 0.0)
         return _table(1, lambda label, copy: (1.0, 1 - pull, 0.0, pull, 1.0), average)
 
-    def move_points(self, copies: Tensor, points: Tensor, averages: Tensor) -> None:
-        """What happens every `every` steps, in place on [m, N] buffers."""
+    def move_points(self, copies: Tensor, points: Tensor, averages: Tensor, together: Tensor) -> None:
+        """What happens every `every` steps, in place on [m, N] buffers; together: the mean of all points, [N]."""
         tie = self.eta / self.rho
-        together = points.mean(0)
         points.mul_(1 - self.eta - tie).add_(averages, alpha=self.eta).add_(together, alpha=tie)
         copies.copy_(points)
         averages.copy_(points)

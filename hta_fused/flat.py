@@ -3,7 +3,7 @@
 What is done to the modules meanwhile, moved, replaced, frozen, written, is followed or refused here. Imports checks.py and layout.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from operator import attrgetter, methodcaller
 from typing import Any
@@ -26,6 +26,19 @@ _DERIVED = frozenset((
 ))  # fmt: skip
 
 
+class Numbered(nn.ModuleList):
+    """Modules whose names begin at a number of their own: with one copy for each process it is the rank."""
+
+    def __init__(self, modules: Iterable[nn.Module] = (), first: int = 0):
+        super().__init__()
+        self.first = first
+        for i, module in enumerate(modules, first):
+            self.add_module(str(i), module)
+
+    def _get_abs_string_index(self, idx: Any) -> str:
+        return str(int(super()._get_abs_string_index(idx)) + self.first)
+
+
 class FlatCopies(nn.Module):
     """The parts of Replicas that know of memory only: no anchor, no partition, no losses.
 
@@ -33,17 +46,19 @@ class FlatCopies(nn.Module):
         copies: modules of one kind, whose trainable parameters are of one dtype, on one device.
         layout: of those.
         compute_dtype: float16 or bfloat16 where the modules' parameters are copies of float32 masters, else None.
+        first: the number of the first of them.
     """
 
-    def __init__(self, copies: list[nn.Module], layout: Layout, compute_dtype: torch.dtype | None):
+    def __init__(self, copies: list[nn.Module], layout: Layout, compute_dtype: torch.dtype | None, first: int = 0):
         super().__init__()
-        self.copies = nn.ModuleList(copies)
+        self.copies = Numbered(copies, first)
+        self.first = first
         self.layout = layout
         self.compute_dtype = compute_dtype
         self.trained = [[trainable(net)[name] for name in layout.names] for net in copies]
         for row, parameters in enumerate(self.trained):
             for name, parameter in zip(layout.names, parameters, strict=True):
-                _check_plain(f"parameter {name!r} of copy {row}", parameter)
+                _check_plain(f"parameter {name!r} of copy {row + self.first}", parameter)
         owners = owners_of(copies[0])
         self._in_norm = [isinstance(owners[id(p)], _NORMS) for p in self.trained[0]]  # stays float32
         for net in copies:
@@ -214,16 +229,18 @@ class FlatCopies(nn.Module):
         for name, now in by_name.items():
             if name not in shapes and now.requires_grad and id(now) not in map(id, self.trained[row]):
                 raise RuntimeError(
-                    f"parameter {name!r} of copy {row} was not there when rebind() looked; make new Replicas"
+                    f"parameter {name!r} of copy {row + self.first} was not there when rebind() looked; make new Replicas"
                 )
         for name, shape in shapes.items():
             if name not in by_name:
-                raise RuntimeError(f"parameter {name!r} of copy {row} is gone when rebind() looked; make new Replicas")
+                raise RuntimeError(
+                    f"parameter {name!r} of copy {row + self.first} is gone when rebind() looked; make new Replicas"
+                )
             now, device = by_name[name], self.params.device
-            _check_plain(f"parameter {name!r} of copy {row}", now, RuntimeError)
+            _check_plain(f"parameter {name!r} of copy {row + self.first}", now, RuntimeError)
             if now.shape != shape or now.device != device or not now.is_floating_point():
                 raise RuntimeError(
-                    f"parameter {name!r} of copy {row} must be floating, of shape {tuple(shape)} on {device}, got "
+                    f"parameter {name!r} of copy {row + self.first} must be floating, of shape {tuple(shape)} on {device}, got "
                     f"{now.dtype} {tuple(now.shape)} on {now.device}; make new Replicas"
                 )
 
@@ -276,7 +293,7 @@ class FlatCopies(nn.Module):
                 [a == b for a, b in zip(where, self._addresses, strict=True)].index(False), len(self.layout.names)
             )
             raise RuntimeError(
-                f"parameter {self.layout.names[i]!r} of copy {row} no longer lies in the flat buffer; call rebind(), or move "
+                f"parameter {self.layout.names[i]!r} of copy {row + self.first} no longer lies in the flat buffer; call rebind(), or move "
                 "the Replicas, not a copy (its memory format before making them)"
             )
         self._take_low()
@@ -289,9 +306,9 @@ class FlatCopies(nn.Module):
             for name, parameter in zip(self.layout.names, self.trained[row], strict=True):
                 if id(parameter) not in there:
                     if name in now:
-                        _check_plain(f"parameter {name!r} of copy {row}", now[name], RuntimeError)
+                        _check_plain(f"parameter {name!r} of copy {row + self.first}", now[name], RuntimeError)
                     raise RuntimeError(
-                        f"parameter {name!r} of copy {row} was replaced or removed after the Replicas were made, so that "
+                        f"parameter {name!r} of copy {row + self.first} was replaced or removed after the Replicas were made, so that "
                         "no gradient reaches it; call rebind() on the Replicas if names and shapes are as before, else "
                         "make new Replicas"
                     )
@@ -299,7 +316,7 @@ class FlatCopies(nn.Module):
             for name, parameter in now.items():
                 if parameter.requires_grad and id(parameter) not in known:
                     raise RuntimeError(
-                        f"parameter {name!r} of copy {row} was added, or set to train, after the Replicas were made, so "
+                        f"parameter {name!r} of copy {row + self.first} was added, or set to train, after the Replicas were made, so "
                         "that no step would train it; make new Replicas, or set its requires_grad to False"
                     )
         self._remember()
@@ -334,7 +351,7 @@ class FlatCopies(nn.Module):
             masters = {id(p): m for p, m in zip(self.trained[row], self.masters[row], strict=True)}
             for name, parameter in net.named_parameters(remove_duplicate=False):
                 if id(parameter) in masters:
-                    entries[f"{prefix}copies.{row}.{name}"] = masters[id(parameter)]
+                    entries[f"{prefix}copies.{row + self.first}.{name}"] = masters[id(parameter)]
         return entries
 
 

@@ -326,16 +326,19 @@ def batch_(out: Tensor, *arguments: Any) -> None:
     kernels(out).batch_(out, *arguments)
 
 
-def step_buffers(mutated: list[Tensor], copies: list[Tensor], grads: list[Tensor], *arguments: Any) -> None:
+def step_buffers(
+    mutated: list[Tensor], copies: list[Tensor], grads: list[Tensor], states: list[Tensor], low: list[Tensor],
+    *arguments: Any,
+) -> None:  # fmt: skip
     """The step op for a caller who owns the buffers and has checked them: no checks, and no Python in the dispatch.
 
     Args:
         mutated: every tensor whose version counter must move, those that merely share the buffers' memory included.
-        copies, grads, arguments: the op's.
+        copies, grads, states, low, arguments: the op's.
     """
-    step = kernels(copies[0], grads[0] if grads else None).step_
+    step = kernels(copies[0], next(iter(low or grads), None)).step_
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        step(copies, grads, *arguments)
+        step(copies, grads, states, low, *arguments)
     torch.autograd.graph.increment_version(mutated)
 
 

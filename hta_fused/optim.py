@@ -17,6 +17,7 @@ from torch._compile import _disable_dynamo
 from . import couplings
 from .checks import flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy, Parle
+from .distributed import StepAcross
 from .kernels.reference import NUMBERS, PROPOSE, RULE, SHARE, arithmetic
 from .ops import as_scalar, fakes, rules_of, step_buffers
 from .proposals import SGD, Proposal
@@ -55,6 +56,8 @@ class CoupledOptimizer(torch.optim.Optimizer):
         capturable: `step` may be captured in a CUDA graph, which then reads the settings from the device: after
             changing any (lr, L, …) call `refresh` before the next replay, or `plan` many steps at once. Assigning
             `.coupling` refreshes by itself.
+        unscale: a GradScaler leaves it to `step` to divide the gradients, which saves a pass. Lightning clips no
+            gradients of such an optimizer in mixed precision: False is for it.
 
     Raises:
         ValueError: a setting outside its range or too large for the parameters' dtype, a name that the model does not
@@ -72,6 +75,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
         groups: Iterable[Mapping[str, Any]] = (),
         skip_nonfinite: bool = True,
         capturable: bool = False,
+        unscale: bool = True,
     ):
         if not isinstance(replicas, Replicas):
             raise TypeError(
@@ -81,11 +85,12 @@ class CoupledOptimizer(torch.optim.Optimizer):
             raise TypeError(f"proposal must be an SGD or AdamW, got {shown(proposal)}")
         flag("skip_nonfinite", skip_nonfinite)
         flag("capturable", capturable)
+        flag("unscale", unscale)
         self.replicas = replicas
         self.skip_nonfinite = skip_nonfinite
         self.capturable = capturable
         self.proposal = proposal
-        self._step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf
+        self._step_supports_amp_scaling = unscale  # GradScaler hands over grad_scale and found_inf
         device = replicas.params.device
         self._bound = replicas.params  # others, once the Replicas have moved
         self._codes = replicas.partition.codes.clone()  # (group, label) of each tile
@@ -112,6 +117,11 @@ class CoupledOptimizer(torch.optim.Optimizer):
         # What the kernels read, a row for each group; see csrc/args.h.
         self.rules = torch.zeros(0, dtype=arithmetic(replicas.params.dtype))
         self._values_at(1)  # raises for what is outside its range
+        self._across = StepAcross(replicas.processes) if replicas.processes else None
+        if replicas.processes:
+            if capturable:
+                raise ValueError("capturable must be False where each process holds one copy, got True")
+            replicas.processes.agree(self._identity())
         self._make_buffers()
 
     # ------------------------------------------------------------------------------------------------- settings
@@ -146,8 +156,13 @@ class CoupledOptimizer(torch.optim.Optimizer):
 
     @property
     def stats(self) -> StepStats:
-        """What the last step left behind. Reading it waits for the device."""
-        anchor, pairs, _, skipped = self._stats.tolist()
+        """What the last step left behind. Reading it waits for the device; with a group all processes must read it."""
+        values = self._stats
+        if self.replicas.processes:
+            values = torch.stack(
+                [self.replicas.processes.sum(values[0]), values.new_tensor(self.replicas.distance() ** 2), *values[2:]]
+            )
+        anchor, pairs, _, skipped = values.tolist()
         coupling, penalty = self.coupling, float("nan")
         if anchor == anchor and isinstance(coupling, Homotopy | Explicit):
             # At the ends of the path a term's factor is infinite where the term itself is 0.
@@ -210,6 +225,8 @@ class CoupledOptimizer(torch.optim.Optimizer):
             self._show_step()
         if self._coupling_class is Parle:
             self._step_parle(grad_scale)
+        elif self._across:
+            self._step_across(self._across, grad_scale)
         else:
             partition, found_inf = replicas.partition, getattr(self, "found_inf", None)
             step_buffers(
@@ -227,11 +244,8 @@ class CoupledOptimizer(torch.optim.Optimizer):
         replicas, coupling = self.replicas, self.coupling
         assert isinstance(coupling, Parle)
         points, averages = self._buffers["point"], self._buffers["average"]
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is None:  # all copies skip, or none
-            found_inf = torch.zeros(1, dtype=torch.float32, device=replicas.params.device)
-            if self.skip_nonfinite:
-                found_inf.copy_(~replicas.grads.isfinite().all())
+        ends = self._steps % coupling.every == 0
+        found_inf = self._skips(ends)
         codes = self._codes * self._codes.new_tensor([1, 0])  # groups, without labels
         stats = self._stats.expand(len(replicas), 4).contiguous()
         for j in range(len(replicas)):
@@ -241,13 +255,52 @@ class CoupledOptimizer(torch.optim.Optimizer):
                 self.rules, grad_scale, found_inf, stats[j], self.proposal.kernel, False, False,
                 PROPOSE | SHARE,
             )  # fmt: skip
-        if self._steps % coupling.every == 0 and not found_inf.item():
-            coupling.move_points(replicas.params, points, averages)
+        if ends and not found_inf.item():
+            coupling.move_points(replicas.params, points, averages, replicas.mean(points))
             if replicas.low is not None:
                 replicas.low.copy_(replicas.params)
         self._stats[0], self._stats[2:] = stats[:, 0].sum(), stats[0, 2:]
-        if not found_inf.item():
+        if not (found_inf.item() or replicas.processes):
             self._stats[1] = replicas.distance() ** 2
+
+    def _step_across(self, across: StepAcross, grad_scale: Tensor | None) -> None:
+        """This process's copy and those of others."""
+        replicas, partition, low = self.replicas, self.replicas.partition, self.replicas.low
+        stats = torch.zeros_like(self._stats)
+        across(
+            replicas.params[0], replicas.grads[0], [buffer[0] for buffer in self._state_rows], None if low is None else low[0],
+            replicas.anchor, self._moves_anchor, self._codes, partition.labels, partition.seed, grad_scale,
+            self._skips(across.meets), stats, self.proposal.kernel,
+        )  # fmt: skip
+        torch.autograd.graph.increment_version(self._mutated)
+        skipped = stats[3] > 0
+        self._stats[0] = torch.where(skipped, self._stats[0], stats[0])
+        self._stats[2] = stats[2]
+        self._stats[3] += stats[3]
+
+    def _skips(self, together: bool) -> Tensor:
+        """One float, not 0 where the step is to be skipped; `together`: as soon as one process of a group is to skip it.
+
+        Raises:
+            RuntimeError: the processes' settings differ, or their steps.
+        """
+        replicas, found_inf = self.replicas, getattr(self, "found_inf", None)
+        looks = found_inf is None and self.skip_nonfinite
+        if found_inf is None:
+            found_inf = torch.zeros(1, dtype=torch.float32, device=replicas.params.device)
+            if self.skip_nonfinite:  # the largest gradient is NaN or infinite where any is
+                largest = torch.stack([torch.linalg.vector_norm(row, torch.inf) for row in replicas.grads])
+                found_inf.copy_(~largest.isfinite().all())
+        if not (together and replicas.processes and (looks or hasattr(self, "found_inf"))):
+            return found_inf
+        same = float((0 if self._across is None else getattr(self._across, "digest", 0)) + self._steps & 0xFFFFFF)
+        asked = torch.cat([found_inf.detach().float().reshape(1), found_inf.new_tensor([same, -same]).float()])
+        replicas.processes.largest_(asked)
+        if asked.is_cpu and asked[1] != -asked[2]:
+            raise RuntimeError(
+                f"lr, L and all other settings must be the same in all processes, but at step {self._steps} they differ"
+            )
+        return asked[:1]
 
     def refresh(self) -> None:
         """Brings the rules on the device up to date with param_groups; `step` does so unless it is captured."""
@@ -263,6 +316,8 @@ class CoupledOptimizer(torch.optim.Optimizer):
             self._make_buffers()  # a momentum that was 0, another mode, an average that got a pull
         if self.rules.is_cuda:
             values = values.pin_memory()  # so that the copy waits for nothing
+        if self._across and self._coupling_class is not Parle:
+            self._across.take(values, self._explicit)
         self.rules.copy_(values, non_blocking=True)
         self._known, self._made = known, made
         self._warn_if_unstable()
@@ -275,8 +330,13 @@ class CoupledOptimizer(torch.optim.Optimizer):
                 plan must be as long.
             start: which of them comes next.
         """
-        if self._coupling_class is Parle:
-            raise ValueError("plan cannot hold Parle's steps: its points are moved by the host")
+        if self._coupling_class is Parle or self._across:
+            what = (
+                "Parle's steps: its points are moved"
+                if self._coupling_class is Parle
+                else "steps across processes, made"
+            )
+            raise ValueError(f"plan cannot hold {what} by the host")
         start, lrs = whole("start", start, 0, len(lrs)), [number("lrs", lr) for lr in lrs]
         if not lrs:
             raise ValueError("lrs must hold at least one learning rate")
@@ -340,7 +400,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
         self._take_edits()
         groups, state, count = [], {}, 0
         views = {
-            name: self.replicas.layout.views(buffer.mean(0) if row is None else buffer[row])
+            name: self.replicas.layout.views(self.replicas.mean(buffer) if row is None else buffer[row])
             for name, buffer in (self._idle | self._buffers).items()
         }
         one = self.proposal.torch_optimizer([nn.Parameter(torch.empty(0))], lr=self.proposal.lr)
@@ -408,6 +468,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
             "groups": groups,
             "skip_nonfinite": self.skip_nonfinite,
             "capturable": self.capturable,
+            "unscale": self._step_supports_amp_scaling,
             "state_dict": self.state_dict(),
             "stats": self._stats,
         }
@@ -509,6 +570,20 @@ class CoupledOptimizer(torch.optim.Optimizer):
                 row = index + (len(self.param_groups) if i in self._frozen else 0)
                 self._codes[self.replicas.layout.tiles(i), 0] = row
 
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same in all processes."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        names = [[self.replicas.layout.names[i] for i in self._indices(group)] for group in self.param_groups]
+        return {
+            "the optimizer": type(self).__name__,
+            "the proposal": type(self.proposal).__name__,
+            "the settings": [
+                {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items()} for group in groups
+            ],
+            "the parameter groups": names,
+            "skip_nonfinite": self.skip_nonfinite,
+        }
+
     def _follow(self) -> None:
         """Moves what is here to where the Replicas are now, and notices what was frozen."""
         replicas = self.replicas
@@ -537,7 +612,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
 
     def _coupled(self) -> int:
         """How many copies one call of the kernel couples."""
-        return 1 if self._coupling_class is Parle else len(self.replicas)
+        return 1 if self._coupling_class is Parle else self.replicas.count
 
     def _row(self, copy: int | str, *more: str) -> int | None:
         """A copy's row; None for "mean"."""
@@ -712,7 +787,7 @@ class CoupledOptimizer(torch.optim.Optimizer):
             lr, momentum, L = float(group["lr"]), group["momentum"], group["L"]
             # Heavy ball on a quadratic of curvature h is stable for lr·h < 2(1+μ); Nesterov for 2(1+μ)/(1+2μ).
             bound = 2 * (1 + momentum) / (1 + 2 * momentum if group["nesterov"] else 1)
-            stiffness = 2 * len(self.replicas)
+            stiffness = 2 * self.replicas.count
             if lr * stiffness / L > bound:
                 self._warned = True
                 warnings.warn(
@@ -731,7 +806,7 @@ class HomotopySGD(CoupledOptimizer):
         lr, momentum, weight_decay, nesterov, maximize: as in torch.optim.SGD, and held in param_groups as there.
         L: the homotopy parameter, 0 ≤ L ≤ ∞; assign `.L` at any time. Smaller is closer; 0 merges the copies.
         mode: "implicit" (stable for every L and lr) or "explicit" (equation (7); warns where it is bound to diverge).
-        groups, skip_nonfinite, capturable: as in CoupledOptimizer.
+        groups, skip_nonfinite, capturable, unscale: as in CoupledOptimizer.
 
     Raises:
         ValueError: as CoupledOptimizer.
@@ -751,12 +826,13 @@ class HomotopySGD(CoupledOptimizer):
         groups: Iterable[Mapping[str, Any]] = (),
         skip_nonfinite: bool = True,
         capturable: bool = False,
+        unscale: bool = True,
     ):
         if mode not in ("implicit", "explicit"):
             raise ValueError(f"mode must be 'implicit' or 'explicit', got {shown(mode)}")
         super().__init__(
             replicas, SGD(lr, momentum, weight_decay, nesterov, maximize), Homotopy(L) if mode == "implicit" else Explicit(L),
-            groups=groups, skip_nonfinite=skip_nonfinite, capturable=capturable,
+            groups=groups, skip_nonfinite=skip_nonfinite, capturable=capturable, unscale=unscale,
         )  # fmt: skip
 
     @property
@@ -781,7 +857,7 @@ def _coupling_settings(coupling: Coupling) -> dict[str, Any]:
 def _check_coupling(coupling: Coupling, replicas: Replicas) -> None:
     if not isinstance(coupling, Coupling):
         raise TypeError(f"coupling must be one of {', '.join(couplings.BY_NAME)}, got {type(coupling).__name__}")
-    coupling.rules(len(replicas), 1.0, coupling.every)  # raises for what this number of copies cannot have
+    coupling.rules(replicas.count, 1.0, coupling.every)  # raises for what this number of copies cannot have
     if coupling.moves_anchor and replicas.anchor is None:
         raise ValueError(
             f"coupling {type(coupling).__name__} moves the anchor, which is zero in these Replicas; pass anchor='init'"

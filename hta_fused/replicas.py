@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.swa_utils import update_bn
 
 from .checks import shown, whole
+from .distributed import Processes
 from .flat import FlatCopies, check_model
 from .kernels.reference import MAX_COPIES
 from .layout import Layout
@@ -37,7 +38,7 @@ class Replicas(FlatCopies):
 
     Args:
         model: any module with trainable parameters of one floating dtype on one device.
-        copies: m, how many there are, from 1 to 32.
+        copies: m, how many there are, from 1 to 32; 2 unless a group says.
         partition: a Partition of the model, the name of one ("auto", "conv_blocks", "layer_blocks", "random",
             "random_units", "hashed"), made of as many blocks as there are copies, or labels by parameter name. See
             `Partition.auto`; `describe()` prints what came of it.
@@ -49,13 +50,19 @@ class Replicas(FlatCopies):
             masters, brought up to date by the optimizer's step, so that autocast has nothing left to cast. Those of
             normalisation layers stay float32. All gradients are kept in this dtype. The masters are what
             `state_dict`, `merge` and the optimizer work with.
+        group: a process group, or a DeviceMesh of one dimension: each process of it holds one copy, on its own device;
+            rank 0 holds copy 0. All processes must make their Replicas together, of models and with arguments that
+            agree. Copy 0's values are sent to all; with start="independent" the others are drawn anew after that, into
+            each process's model. `copies` is the group's size.
+        communicate: "float32" or "bfloat16": what the processes send their sums in.
         factory: returns a fresh module like the model, for start="independent" and anchor="random". Without it a deep
             copy of the model is drawn anew by the `reset_parameters` of its modules, which may differ from what
             the model's constructor does.
 
     Attributes:
-        copies: the m modules, an nn.ModuleList; `theta` and `eta` are the first two.
-        params, grads: [m, N] buffers, a row for each copy.
+        copies: the m modules, an nn.ModuleList; `theta` and `eta` are the first two. With a group, this process's.
+        count: m; `len` is how many are here.
+        params, grads: [m, N] buffers, a row for each copy (with a group [1, N], and so on).
         low: [m, N] in compute_dtype, or None.
         anchor: [N], or None for zero.
         trained: each copy's parameters in the buffer, in `layout`'s order.
@@ -66,35 +73,57 @@ class Replicas(FlatCopies):
         TypeError: trainable parameters of several dtypes or devices, or of another dtype than float16, bfloat16, float32
             or float64, or sharded, fake or without memory; a compute_dtype beside others than float32; an argument of
             another type than these.
+        RuntimeError: a group without torch.distributed.
     """
 
     anchor: Tensor | None
+    accepts_loss_kwargs = False  # for transformers' Trainer, which else takes forward's **kwargs for a yes
 
     def __init__(
         self,
         model: nn.Module,
-        copies: int = 2,
+        copies: int | None = None,
         partition: str | Partition | Mapping[str, Tensor | int] = "auto",
         anchor: str | Tensor | Mapping[str, Tensor] = "init",
         start: str | Sequence[nn.Module] = "copy",
         compute_dtype: torch.dtype | None = None,
         factory: Callable[[], nn.Module] | None = None,
+        group: Any = None,
+        communicate: str = "float32",
     ):
         like, compute_dtype = check_model(model, compute_dtype)
-        copies = whole("copies", copies, 1, MAX_COPIES)
+        processes = None if group is None else Processes(group, communicate)
+        copies = (processes.size if processes else 2) if copies is None else whole("copies", copies, 1, MAX_COPIES)
+        if processes and copies != processes.size:
+            raise ValueError(f"copies must be the group's size, {processes.size}, or left out, got {copies}")
         if factory is not None and not callable(factory):
             raise TypeError(f"factory must be a function that returns a module, got {shown(factory)}")
         layout = Layout.of(model)
         partition = Partition.make(model, partition, copies).to(like.device)
         if partition.blocks > copies:
             raise ValueError(f"partition has {partition.blocks} blocks, but there are {copies} copies")
+        if processes:
+            processes.agree(_identity(model, partition, like, compute_dtype, anchor, start, communicate))
+            for tensor in (*model.parameters(), *model.buffers()):
+                processes.broadcast_(tensor)
         fresh = factory or (lambda: reinitialised(model))
         more = others(model, copies - 1, start, fresh)
         point = anchor_of(anchor, model, layout, fresh)
-        super().__init__([model, *more], layout, compute_dtype)
+        here = [model, *more]
+        if processes:
+            here = [_in_place_of(model, here[processes.rank], start)]
+            if point is not None:
+                processes.broadcast_(point)
+        super().__init__(here, layout, compute_dtype, processes.rank if processes else 0)
+        self.processes = processes
         self.partition = partition
         self.register_buffer("anchor", point)
         self.register_load_state_dict_post_hook(_after_loading)
+
+    @property
+    def count(self) -> int:
+        """m, in all processes."""
+        return self.processes.size if self.processes else len(self)
 
     @property
     def theta(self) -> nn.Module:
@@ -199,7 +228,8 @@ class Replicas(FlatCopies):
         """As nn.Module.state_dict, tensors only: "copies.0.…" and so on (with a compute_dtype, of the float32 masters), "anchor"
         where it is not zero, and "_extra_state", int64 [2]: the partition's digest and the seed of hashed labels.
 
-        With the optimizer's state_dict it is all that the next step reads.
+        With the optimizer's state_dict it is all that the next step reads. What is written to a master in place, rather
+        than by `load_state_dict`, reaches the low-precision module at the next step.
         """
         self._take_low()
         state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
@@ -258,13 +288,17 @@ class Replicas(FlatCopies):
     # -------------------------------------------------------------------------------------------------------- results
 
     def distance(self) -> float:
-        """√Σ_{i<j} ‖x_i − x_j‖²; for two copies ‖θ − η‖."""
+        """√Σ_{i<j} ‖x_i − x_j‖²; for two copies ‖θ − η‖. With a group all processes must ask."""
+        if self.processes:
+            own = (self.params[0] - self.processes.mean(self.params[0])).double().square().sum()
+            return float((self.processes.sum(own) * self.count) ** 0.5)
         gaps = (self.params - self.params[0]).double()
         return float(torch.linalg.vector_norm(gaps - gaps.mean(0)) * len(self) ** 0.5)
 
     @torch.no_grad()
     def merge(self, loader: Iterable[Any] | None = None) -> nn.Module:
-        """A new module with the copies' mean, floating-point buffers too. At L = 0 the copies are equal.
+        """A new module with the copies' mean, floating-point buffers too. At L = 0 the copies are equal. With a group all
+        processes must ask, and each gets it.
 
         Args:
             loader: batches of inputs (or tuples that start with them) over which batch-norm statistics are estimated
@@ -274,18 +308,21 @@ class Replicas(FlatCopies):
             self._diagnose()
         self._take_low()
         merged = copy.deepcopy(self.theta)
-        mean = self.layout.views(self.params.mean(0))
+        mean = self.layout.views(self.mean(self.params))
         names = {id(p): name for name, p in self.theta.named_parameters()}  # pruning and the like rename parameters
         by_name = dict(merged.named_parameters())
         for parameter, view in zip((by_name[names[id(p)]] for p in self.trained[0]), mean, strict=True):
             parameter.data = view.clone()
-        for buffer, *more in zip(merged.buffers(), *(net.buffers() for net in self.copies[1:]), strict=True):
+        for buffer, *same in zip(merged.buffers(), *(net.buffers() for net in self.copies), strict=True):
             if buffer.is_floating_point():
-                for count, other in enumerate(more, start=2):
-                    buffer.lerp_(other, 1 / count)
+                buffer.copy_(self.mean(torch.stack(same)))
         if loader is not None:
             update_bn(loader, merged, device=self.params.device)
         return merged
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """The mean over all copies of what is [m, …], a row for each of those here. With a group all processes must ask."""
+        return self.processes.mean(rows[0]) if self.processes else rows.mean(0)
 
     def _arguments(self, batches: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         if len(batches) not in (0, 1, len(self)):
@@ -293,6 +330,34 @@ class Replicas(FlatCopies):
                 f"batches must be none, one for all copies or one for each of {len(self)}, got {len(batches)}"
             )
         return [(batch,) for batch in batches] if len(batches) > 1 else [batches] * len(self)
+
+
+def _in_place_of(model: nn.Module, copy: nn.Module, start: Any) -> nn.Module:
+    """This process's copy: its own model, with the values drawn for it, or the module that was passed for it."""
+    if copy is model or not isinstance(start, str):
+        return copy
+    model.load_state_dict(copy.state_dict())
+    return model
+
+
+def _identity(model, partition, like, compute_dtype, anchor, start, communicate) -> dict[str, Any]:
+    """What must be the same in all processes."""
+    from . import __version__
+
+    return {
+        "the version of hta_fused": __version__,
+        "the version of torch": torch.__version__,
+        "the model's class": type(model).__name__,
+        "the model's parameters": [(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()],
+        "the model's buffers": [(name, tuple(b.shape)) for name, b in model.named_buffers()],
+        "the parameters' dtype": like.dtype,
+        "the partition": (partition.name, partition.blocks, int(partition.digest())),
+        "the partition's seed": None if partition.seed is None else int(partition.seed),
+        "compute_dtype": compute_dtype,
+        "anchor": anchor if isinstance(anchor, str) else type(anchor).__name__,
+        "start": start if isinstance(start, str) else type(start).__name__,
+        "communicate": communicate,
+    }
 
 
 def _after_loading(replicas: Replicas, incompatible_keys: Any) -> None:

@@ -26,8 +26,8 @@ class Classifier(lightning.LightningModule):
         return self.replicas.loss(lambda net: F.cross_entropy(net(x), y))  # glue
 
     def configure_optimizers(self):
-        optimizer = hta.HomotopySGD(self.replicas, lr=0.05, momentum=0.9)
-        optimizer._step_supports_amp_scaling = False  # glue: in mixed precision Lightning clips no other's gradients
+        # unscale: in mixed precision Lightning clips no gradients that the optimizer is to divide by a loss's scale
+        optimizer = hta.HomotopySGD(self.replicas, lr=0.05, momentum=0.9, unscale=False)  # glue
         lr = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.8)
         L = hta.CouplingScheduler(optimizer, L=hta.schedule.linear(0.1, 0.02, step=0.02))  # glue
         return [optimizer], [lr, L]

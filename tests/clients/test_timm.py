@@ -77,7 +77,6 @@ def test_the_average_follows_every_copy():
     torch.testing.assert_close(averaged.conv1[0].weight, weight)
 
 
-@pytest.mark.xfail(strict=True, reason="what others keep in optimizer.state is lost at the next step")
 def test_timms_lookahead_goes_around_the_optimizer():
     """Its slow weights begin where the fast ones are after k steps, and lie in the optimizer's state."""
     net = torch.nn.Linear(20, 2)

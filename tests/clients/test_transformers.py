@@ -53,7 +53,6 @@ class TiedTrainer(Trainer):  # glue
 
 def trainer(net, dataset, folder, kind=Trainer, **options):
     replicas = hta.Replicas(net)  # glue
-    replicas.accepts_loss_kwargs = False  # glue: the loss is a mean over the batch
     optimizer = hta.CoupledOptimizer(replicas, hta.AdamW(lr=1e-3), hta.Homotopy(L=0.1))
     arguments = TrainingArguments(
         output_dir=folder,
