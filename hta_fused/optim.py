@@ -577,10 +577,12 @@ class CoupledOptimizer(torch.optim.Optimizer):
         return {
             "the optimizer": type(self).__name__,
             "the proposal": type(self.proposal).__name__,
-            "the settings": [
-                {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items()} for group in groups
-            ],
-            "the parameter groups": names,
+            "the parameters of param_groups": names,
+            **{
+                f"{name} of param_groups[{i}]": float(value) if isinstance(value, Tensor) else value
+                for i, group in enumerate(groups)
+                for name, value in group.items()
+            },
             "skip_nonfinite": self.skip_nonfinite,
         }
 

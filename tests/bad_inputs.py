@@ -541,7 +541,7 @@ for value in (3, None, "labels", [0, 1], torch.zeros(4), torch.zeros(2, 2, dtype
     case("partitions", f"of labels {value!r}", lambda v=value: Partition(v))
 case("partitions", "of labels, blocks '2'", lambda: Partition(torch.zeros(4, dtype=torch.uint8), blocks="2"))
 
-for value in (0, 33, -1, 1.5, "2", None, True):
+for value in (0, 33, -1, 1.5, "2", True):
     case("replicas", f"copies {value!r}", lambda v=value: hta.Replicas(Net(), v))
 for value in (3, None, True, "nope", ["init"], {}, {"gain": torch.ones(2)}, {"conv.weight": 3}, torch.zeros(3)):
     case("replicas", f"anchor {value!r}", lambda v=value: hta.Replicas(Net(), anchor=v))
