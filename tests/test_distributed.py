@@ -1,7 +1,11 @@
 """One copy for each process: the result is that of one process with all copies."""
 
 import math
+import os
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -392,3 +396,11 @@ def resumed(rank, size, saved):
 def test_each_process_resumes_from_its_own_state():
     for one, other in zip(run(resumed, 2, True), run(resumed, 2, False), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_documents_script_runs_under_torchrun(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text(encoding="utf-8")
+    (tmp_path / "train.py").write_text(page.split("```python no-test torchrun\n")[1].split("```")[0])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert len(torch.load(tmp_path / "merged.pt", weights_only=True)) == 4
