@@ -1,0 +1,286 @@
+"""An optimizer's state over flat buffers: shown in torch's own layout, and whatever is done to it there is what counts.
+
+Owns the buffers' meaning, and no arithmetic. Imports checks.py, couplings.py, proposals.py and replicas.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import couplings
+from .checks import number, shown
+from .couplings import Coupling, Parle
+from .proposals import SGD, Proposal
+from .replicas import Replicas
+
+
+class FlatState(torch.optim.Optimizer):
+    """What CoupledOptimizer is apart from stepping: buffers of [m, N], the `state` that shows them, and state_dicts."""
+
+    replicas: Replicas
+    proposal: Proposal
+    _coupling_class: type[Coupling]
+    _buffers: dict[str, Tensor]  # [m, N] each, by torch's names
+    _idle: dict[str, Tensor]  # those of which there is no need at the moment
+    _state_rows: list[Tensor]  # the proposal's among _buffers
+    _index_of: dict[int, int]  # the layout's number of copy 0's parameters, by id
+    _steps: int  # done so far, skipped ones included
+    _step_tensor: Tensor  # the same, as torch's AdamW shows it
+    _planned: Tensor | None  # the rules of steps to come, of which _cursor is the next
+    _cursor: Tensor
+    _plan_start: int
+    _known: Any  # what the rules on the device were made from
+
+    def _make_buffers(self) -> None:
+        raise NotImplementedError
+
+    def _proposal_of(self, group: Mapping[str, Any], **changed: Any) -> Proposal:
+        raise NotImplementedError
+
+    @property
+    def steps(self) -> int:
+        """How many steps were taken, skipped ones included. After planned steps, reading it waits for the device."""
+        if self._planned is not None:
+            self._steps = self._plan_start + int(self._cursor)
+            self._show_step()
+        return self._steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.Optimizer.state_dict. Each group holds the coupling's settings and how many `steps` were done."""
+        for group in self.param_groups:
+            group["steps"] = self.steps
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer.load_state_dict; what it holds goes into the flat buffers.
+
+        Raises:
+            ValueError: groups or a buffer's shape differ; nothing is changed then.
+        """
+        final = state_dict
+
+        def catch(optimizer: Any, loaded: dict[str, Any]) -> None:  # after the user's own hooks have had their say
+            nonlocal final
+            final = loaded
+            self._check_entries("state_dict", self._by_parameter(loaded))
+
+        def take(optimizer: Any) -> None:
+            self._take_state(final)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(catch),
+            self.register_load_state_dict_post_hook(take, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def torch_state_dict(self, copy: int | str) -> dict[str, Any]:
+        """The state_dict that torch's own optimizer (SGD, AdamW) over one copy's parameters, in param_groups' order,
+        would have.
+
+        Args:
+            copy: its number, "theta" or "eta", or "mean" for the merged model's.
+        """
+        row = self._row(copy, "mean")
+        self._take_edits()
+        groups, state, count = [], {}, 0
+        views = {
+            name: self.replicas.layout.views(self.replicas.mean(buffer) if row is None else buffer[row])
+            for name, buffer in (self._idle | self._buffers).items()
+        }
+        one = self.proposal.torch_optimizer([nn.Parameter(torch.empty(0))], lr=self.proposal.lr)
+        defaults = {k: v for k, v in one.param_groups[0].items() if k != "params"}
+        for group in self.param_groups:
+            indices = self._indices(group)
+            settings = {k: v for k, v in group.items() if k in {*defaults, "initial_lr"}}
+            groups.append({**defaults, **settings, "params": list(range(count, count + len(indices)))})
+            for i in indices:
+                state[count] = {name: views[name][i].clone() for name in self._proposal_of(group).buffers}
+                if not isinstance(self.proposal, SGD):
+                    state[count]["step"] = torch.tensor(float(self.steps))
+                count += 1
+        return {"state": state, "param_groups": groups}
+
+    def load_torch_state_dict(self, copy: int | str, state_dict: dict[str, Any]) -> None:
+        """Takes one copy's buffers, and the settings, from the state_dict of torch's own optimizer.
+
+        Args:
+            copy: its number, "theta" or "eta".
+            state_dict: of an optimizer over parameters of the same shapes in param_groups' order.
+        """
+        row = self._row(copy)
+        self._take_edits()
+        layout = self.replicas.layout
+        groups = state_dict["param_groups"]
+        sizes, expected = [len(g["params"]) for g in groups], [len(self._indices(g)) for g in self.param_groups]
+        if sizes != expected:
+            raise ValueError(f"state_dict has groups of {sizes} parameters, but this optimizer has {expected}")
+        names = self.proposal.all_buffers
+        plan, steps = [], set()
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            if saved.get("dampening") or saved.get("amsgrad"):
+                raise ValueError("state_dict has dampening or amsgrad set, which this optimizer does not have")
+            for i, key in zip(self._indices(group), saved["params"], strict=True):
+                entry = state_dict["state"].get(key, {})
+                steps |= {int(entry["step"])} if "step" in entry else set()
+                for name in names:
+                    buffer = entry.get(name)
+                    if buffer is not None:
+                        self._check_shape(f"state_dict's {name} {key}", buffer, i)
+                    plan.append((name, i, buffer))
+        if len(steps) > 1:
+            raise ValueError(f"state_dict's parameters have taken different numbers of steps, {sorted(steps)}")
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            group.update(
+                {k: v for k, v in saved.items() if k != "params" and k in {*settings_of(self.proposal), "initial_lr"}}
+            )
+        self._make_buffers()
+        views = {name: layout.views(buffer[row]) for name, buffer in self._buffers.items()}
+        for name, i, buffer in plan:
+            if name in views:
+                views[name][i].zero_() if buffer is None else views[name][i].copy_(buffer)
+        self._set_steps(steps.pop() if steps else self.steps)
+
+    def _row(self, copy: int | str, *more: str) -> int | None:
+        """A copy's row; None for "mean"."""
+        if isinstance(copy, bool) or not isinstance(copy, int | str):
+            raise TypeError(f"copy must be a name or a number, got {shown(copy)}")
+        names = {"theta": 0, "eta": 1} if len(self.replicas) > 1 else {"theta": 0}
+        if copy in more:
+            return None
+        row = names.get(copy, -1) if isinstance(copy, str) else copy
+        if not 0 <= row < len(self.replicas):
+            known = ", ".join(map(repr, (*names, *more)))
+            raise ValueError(f"copy must be {known} or a number below {len(self.replicas)}, got {copy!r}")
+        return row
+
+    def _set_steps(self, steps: int) -> None:
+        self._steps, self._planned, self._known = steps, None, None
+        self._show_step()
+
+    def _show_step(self) -> None:
+        self._step_tensor.fill_(self._steps)
+        self._step_was = self._step_tensor.item()
+
+    def _check_shape(self, what: str, buffer: Any, index: int) -> None:
+        """Refuses a buffer that is not of the shape of parameter number `index` of the layout."""
+        layout = self.replicas.layout
+        if not isinstance(buffer, Tensor) or buffer.is_complex():
+            raise TypeError(f"{what} must be a real tensor, got {shown(buffer)}")
+        if buffer.shape != layout.shapes[index]:
+            raise ValueError(
+                f"{what} has shape {tuple(buffer.shape)}, but {layout.names[index]!r} has {tuple(layout.shapes[index])}"
+            )
+
+    def _check_entries(self, name: str, entries: Mapping[Any, Mapping[str, Any]]) -> int | None:
+        """Refuses state that is not of the parameters' shapes, and returns what it says of AdamW's steps, if anything."""
+        steps = set()
+        for row, parameters in enumerate(self.replicas.trained):
+            for i, parameter in enumerate(parameters):
+                entry = entries.get(parameter, {})
+                steps.add(int(number("step", entry["step"])) if "step" in entry else None)
+                for key in (*self.proposal.all_buffers, *self._coupling_class.buffers):
+                    if entry.get(key) is not None:
+                        self._check_shape(f"{name}'s {key} of copy {row}", entry[key], i)
+        if isinstance(self.proposal, SGD):
+            return None
+        if len(steps) > 1:
+            raise ValueError(f"{name}'s step must be the same for all parameters, got {', '.join(map(str, steps))}")
+        return steps.pop()
+
+    def _take_entries(self, entries: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Copies what state holds for each parameter into the buffers: zero for what it lacks, for Parle's the copies."""
+        ours = {id(tensor) for tensor in self._shown}
+        replicas, layout = self.replicas, self.replicas.layout
+        named = {name for row in replicas.trained for p in row for name in entries.get(p, {})}
+        kept = [name for name in self.proposal.all_buffers if name in named and name not in self._buffers]
+        for name in kept:  # of no use until a momentum is set
+            self._idle.setdefault(name, replicas.rows(len(self._state_rows) + 2))
+        plan = []
+        for name, buffer in (self._buffers | {name: self._idle[name] for name in kept}).items():
+            for row, parameters in enumerate(replicas.trained):
+                for i, (parameter, view) in enumerate(zip(parameters, layout.views(buffer[row]), strict=True)):
+                    value = entries.get(parameter, {}).get(name)
+                    if value is None:
+                        value = replicas.masters[row][i] if name in self._coupling_class.buffers else torch.zeros(())
+                    elif id(value) in ours:
+                        if value.data_ptr() == view.data_ptr():
+                            continue
+                        value = value.clone()  # another parameter's, which may be written before it is read
+                    plan.append((view, value))
+        for view, value in plan:
+            view.copy_(value)
+
+    def _take_state(self, state_dict: dict[str, Any]) -> None:
+        """Brings what a state_dict holds (itself: torch has cast its copies to the parameters' dtype) into the buffers."""
+        name = self.param_groups[0].get("coupling", self._coupling_class.__name__)
+        self._coupling_class = couplings.BY_NAME[name]
+        for group in self.param_groups:
+            for key, value in coupling_settings(self._coupling_class()).items():
+                group.setdefault(key, value)
+        clock = max((int(group.pop("steps")) for group in self.param_groups if "steps" in group), default=0)
+        self._make_buffers()
+        entries = self._by_parameter(state_dict)
+        steps = self._check_entries("state_dict", entries)
+        self._take_entries(entries)
+        self._set_steps(clock if steps is None else steps)
+
+    def _by_parameter(self, state_dict: Mapping[str, Any]) -> dict[Any, Mapping[str, Any]]:
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        held = [p for group in self.param_groups for p in group["params"]]
+        return {p: state_dict["state"].get(key, {}) for p, key in zip(held, keys, strict=False)}  # torch counts them
+
+    def _take_edits(self) -> None:
+        """Brings what others put into `state`, or took from it, into the buffers, and shows these there again."""
+        try:
+            values = chain.from_iterable(map(dict.values, self.state.values()))
+            edited = list(map(id, values)) != self._value_ids
+        except TypeError:  # an entry that is no dict
+            edited = True
+        if edited:
+            steps = self._check_entries("state", self.state)
+            self._take_entries(self.state)
+            self._show_state()
+            if not isinstance(self.proposal, SGD):
+                self._set_steps(steps or 0)
+        elif not isinstance(self.proposal, SGD) and self._planned is None:
+            step = self._step_tensor.item()
+            if step != self._step_was:
+                self._set_steps(int(step))  # edited in place
+
+    def _show_state(self) -> None:
+        """Makes the views of the flat buffers the optimizer's state, in torch's own layout, beside what others keep there."""
+        step = {} if isinstance(self.proposal, SGD) else {"step": self._step_tensor}
+        ours = {"step", *self.proposal.all_buffers, *Parle.buffers}
+        self._shown = []
+        for row, parameters in enumerate(self.replicas.trained):
+            tensors = {name: self.replicas.layout.tensors(buffer[row]) for name, buffer in self._buffers.items()}
+            for i, parameter in enumerate(parameters):
+                theirs = {name: value for name, value in self.state.get(parameter, {}).items() if name not in ours}
+                self.state[parameter] = step | {name: of[i] for name, of in tensors.items()} | theirs
+                self._shown += [of[i] for of in tensors.values()]
+        self._values = [
+            value for entry in self.state.values() for value in entry.values()
+        ]  # held: an id may come again
+        self._value_ids = list(map(id, self._values))
+
+    def _indices(self, group: dict[str, Any]) -> list[int]:
+        """The layout's numbers of a group's parameters."""
+        params: list[nn.Parameter] = group["params"]
+        return [self._index_of[id(p)] for p in params[: len(params) // len(self.replicas)]]
+
+
+def settings_of(of: Proposal | Coupling) -> dict[str, Any]:
+    """Its fields, as param_groups hold them."""
+    return {f.name: getattr(of, f.name) for f in fields(of)}
+
+
+def coupling_settings(coupling: Coupling) -> dict[str, Any]:
+    return {"coupling": type(coupling).__name__, **settings_of(coupling)}
