@@ -158,6 +158,7 @@ class StepAcross:
         self._alike = bool((own == own[:, :1]).all())
         if self._alike:
             self._own = torch.cat([self._own[:, :NUMBERS], own[:, :2].flatten(1)], 1)
+        self._there: Tensor | None = None  # on the copy's device
 
     def __call__(
         self, params: Tensor, grads: Tensor, states: Sequence[Tensor], low: Tensor | None, anchor: Tensor | None,
@@ -166,10 +167,10 @@ class StepAcross:
     ) -> None:  # fmt: skip
         """The step of this process's copy, [N] buffers; the other arguments are the step op's. `stats`: of this copy, with no
         distances between copies, and the skipped step counted."""
-        gathers, rules = self.explicit and self.meets, self._own
+        gathers = self.explicit and self.meets
         labels_matter = not self._alike
         patterns = (codes, labels, seed) if labels_matter else (codes * codes.new_tensor([1, 0]), None, None)
-        given, low_rows, centre_sum = grads, low, None
+        given, low_rows, centre_sum, rules = grads, low, None, self._own
         if gathers:
             given, centre_sum = self._explicit_grads(
                 params, grads, anchor, moves_anchor, codes, labels, seed, grad_scale
@@ -177,10 +178,10 @@ class StepAcross:
             grad_scale, low_rows = None, None  # a gradient in the copies' own precision has none in a lower one
             rules = rules.clone()
             rules[:, 0] = 1.0  # the sign is in the gradient
-            rule = rules[:, NUMBERS:].view(len(rules), -1, 2, RULE)
-            rule[..., 0, :4] = torch.tensor([0.0, 1.0, 0.0, 0.0])
-            rule[..., 1, :4] = torch.tensor([0.0, 1.0, 0.0, 0.0])
-        rules = rules.to(params.device)
+            rules[:, NUMBERS:].view(len(rules), -1, RULE)[..., :4] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+        if self._there is None or self._there.device != params.device:
+            self._there = rules.to(params.device)
+        rules = self._there
 
         def run(part: slice, phase: int, stats: Tensor, sums: Tensor | None) -> None:
             proposes, shares = phase & PROPOSE, phase & SHARE

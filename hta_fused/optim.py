@@ -281,9 +281,8 @@ class CoupledOptimizer(FlatState):
         looks = found_inf is None and self.skip_nonfinite
         if found_inf is None:
             found_inf = torch.zeros(1, dtype=torch.float32, device=replicas.params.device)
-            if self.skip_nonfinite:  # the largest gradient is NaN or infinite where any is
-                largest = torch.stack([torch.linalg.vector_norm(row, torch.inf) for row in replicas.grads])
-                found_inf.copy_(~largest.isfinite().all())
+            if self.skip_nonfinite:
+                found_inf.fill_(_any_nonfinite(replicas.grads))
         if not (together and replicas.processes and (looks or hasattr(self, "found_inf"))):
             return found_inf
         same = float((0 if self._across is None else getattr(self._across, "digest", 0)) + self._steps & 0xFFFFFF)
@@ -622,3 +621,14 @@ def _check_coupling(coupling: Coupling, replicas: Replicas) -> None:
         raise ValueError(
             f"coupling {type(coupling).__name__} moves the anchor, which is zero in these Replicas; pass anchor='init'"
         )
+
+
+def _any_nonfinite(grads: Tensor) -> Tensor | bool:
+    """Whether any is inf or NaN; on a GPU without waiting for it."""
+    if grads.is_cuda:
+        return ~torch.stack(torch.aminmax(grads)).isfinite().all()
+    # A sum is what PyTorch's CPU kernels do fastest, thirty times faster than this look at each. It may be infinite by itself.
+    return not (
+        grads.sum(dtype=torch.float64 if grads.dtype == torch.float64 else torch.float32).isfinite()
+        or grads.isfinite().all()
+    )

@@ -12,6 +12,7 @@ from conftest import relative_error
 from torch import nn
 
 import hta_fused as hta
+from hta_fused import optim
 
 
 def network():
@@ -355,3 +356,13 @@ def test_nonsense_after_construction_is_named():
         optimizer.torch_state_dict("both")
     with pytest.raises(ValueError, match=r"groups of \[1\] parameters"):
         optimizer.load_torch_state_dict("eta", torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_gradients_whose_sum_overflows_are_finite(dtype):
+    largest = torch.full((2, 3000), torch.finfo(dtype).max, dtype=dtype)
+    assert not optim._any_nonfinite(largest)
+    for bad in (math.inf, -math.inf, math.nan):
+        for where in (largest.clone(), torch.zeros_like(largest)):
+            where[1, 77] = bad
+            assert optim._any_nonfinite(where)
