@@ -132,6 +132,8 @@ auto step_loop(const StepArgs<T>& args) {
     if (args.m == 4) return HTA_PICK(step_range_together<P, kStates, 4, T>);
     if (args.m == 8) return HTA_PICK(step_range_together<P, kStates, 8, T>);
   }
+  if (args.m == 1 && args.phase == kPropose) return HTA_PICK(step_range_alone<P, kStates, true, T>);
+  if (args.m == 1 && args.phase == kShare) return HTA_PICK(step_range_alone<P, kStates, false, T>);
   return HTA_PICK(step_range<P, kStates, false, T>);
 }
 

@@ -363,6 +363,64 @@ void step_range_together(const StepArgs<T>& args, int64_t begin, int64_t end, do
   sums[0] = anchored.total(), sums[1] = pairs.total(), sums[2] = poison.total();
 }
 
+// One phase of a lone copy's step over a tile: it proposes, and leaves its part of the sum in `sums`, or takes its share
+// of what stands there.
+template <class P, bool kStates, bool kProposes, class T, class Rules>
+HTA_INLINE void step_alone(const StepArgs<T>& args, const Tile<T>& tile, const Rules& rules, const Rules& centre_rules, T scale,
+                           Sum<T>& anchored, Sum<T>& poison) {
+  typename P::template Numbers<T> number;
+  __builtin_memcpy(&number, tile.numbers, sizeof(number));
+  scale *= number.sign;
+  T *const x_ = args.copies[0] + tile.start, *const s_ = args.sums + tile.start;
+  const T *const g_ = kProposes ? args.grads[0] + tile.start : nullptr, *const z_ = tile.anchor;
+  T* const v_ = kProposes && kStates ? args.states[0] + tile.start : nullptr;
+  T* const w_ = kProposes && P::kStates > 1 ? args.states[1] + tile.start : nullptr;
+  T* const centre_ = args.centre ? args.centre + tile.start : nullptr;
+  each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+    using V = decltype(lanes);
+    prefetch(i, x_, s_);
+    const auto label = Rules::template label<V>(tile, i);
+    const auto& rule = rules.at(label);
+    V x = load<V>(x_ + i);
+    if (kProposes) {
+      prefetch(i, g_);
+      if (kStates) prefetch(i, v_);
+      if (P::kStates > 1) prefetch(i, w_);
+      const V g = load<V>(g_ + i) * scale;
+      poison.add(g - g);
+      V state[2] = {kStates ? load<V>(v_ + i) : V{}, P::kStates > 1 ? load<V>(w_ + i) : V{}};
+      x = P::propose(x, g, state, number);
+      if (kStates) store(v_ + i, state[0]);
+      if (P::kStates > 1) store(w_ + i, state[1]);
+      store(s_ + i, V(rule.read * x));
+    } else {
+      prefetch(i, z_);
+      const V s = load<V>(s_ + i), z = load<V>(z_ + i);
+      x = shared(x, s, z, rule);
+      anchored.add(rule.anchored * ((x - z) * (x - z)));
+      if (centre_) store(centre_ + i, shared(load<V>(centre_ + i), s, z, centre_rules.at(label)));
+    }
+    store(x_ + i, x);
+  });
+}
+
+template <class P, bool kStates, bool kProposes, class T>
+void step_range_alone(const StepArgs<T>& args, int64_t begin, int64_t end, double sums[3]) {
+  const T scale = T(1.0 / args.grad_scale.get(1));
+  static thread_local Tile<T> tile;
+  Sum<T> anchored, poison;
+  for (int64_t start = begin; start < end; start += tile.count) {
+    tile.open(args.pattern, args.rules, 1, args.blocks, args.anchor, start, end);
+    if (tile.uniform >= 0) {
+      tile.extend(args.pattern, end);
+      step_alone<P, kStates, kProposes>(args, tile, Uniform<T>(tile, 0), Uniform<T>(tile, 1), scale, anchored, poison);
+    } else {
+      step_alone<P, kStates, kProposes>(args, tile, Mixed<T>(tile, 0), Mixed<T>(tile, 1), scale, anchored, poison);
+    }
+  }
+  sums[0] = anchored.total(), sums[1] = 0, sums[2] = poison.total();
+}
+
 // Calls call(rules) with row j's rules over a tile, in either kind.
 template <class T, class Call> HTA_INLINE void with_rules(const Tile<T>& tile, int32_t j, const Call& call) {
   tile.uniform >= 0 ? call(Uniform<T>(tile, j)) : call(Mixed<T>(tile, j));
