@@ -250,17 +250,29 @@ class Replicas(FlatCopies):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module.load_state_dict, but nothing is changed where it raises, and `assign` changes nothing: the values are
-        copied into the buffers.
+        copied into the buffers. With a group, the state may be this process's or that of all copies.
 
         Raises:
             RuntimeError: names or shapes differ, or the partition that the state was saved with.
         """
         mine = self.state_dict()
+        if self.processes:
+            state_dict = self._own_part(state_dict)
         for name in [n for n in (*mine, *state_dict) if strict and (n not in mine or n not in state_dict)][:1]:
             where = "state_dict" if name in state_dict else "these Replicas"
             raise RuntimeError(f"{name!r} is in {where} only: another number of copies, another model or anchor")
         self._check_state(state_dict, "", mine)
         return super().load_state_dict(state_dict, strict)
+
+    def _own_part(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a state of all copies is this process's."""
+        numbers = {name.split(".")[1] for name in state_dict if name.startswith("copies.")}
+        if numbers not in ({str(self.first)}, set(map(str, range(self.count)))):
+            raise RuntimeError(
+                f"state_dict must hold copy {self.first}, or all of {self.count} copies, got {', '.join(sorted(numbers))}"
+            )
+        own = f"copies.{self.first}."
+        return {k: v for k, v in state_dict.items() if k.startswith(own) or not k.startswith("copies.")}
 
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:

@@ -393,6 +393,44 @@ def resumed(rank, size, saved):
     return replicas.params.clone()
 
 
+def loaded(rank, size, state, steps):
+    """One process's state in each of two, and on from there."""
+    replicas = make(rank, size, partition="hashed", anchor="random")
+    replicas.load_state_dict(state)
+    optimizer = hta.CoupledOptimizer(replicas, PROPOSALS["SGD"], COUPLINGS["Homotopy"])
+    x, y = data(steps, size)
+    for step in range(steps):
+        optimizer.zero_grad()
+        replicas.backward(loss, (x[step, rank], y[step, rank]))
+        optimizer.step()
+    messages = []
+    for change in (
+        lambda name: name.replace("copies.1", "copies.2"),
+        lambda name: name.replace(f"copies.{rank}", "copies.7"),
+    ):
+        try:
+            replicas.load_state_dict({change(name): value for name, value in state.items()})
+        except RuntimeError as error:
+            messages.append(str(error))
+    return replicas.params[0].clone(), messages
+
+
+def test_a_state_of_all_copies_loads_into_their_processes():
+    whole = hta.Replicas(seeded(seed=3), partition="hashed", start="independent", factory=Net)
+    whole.partition.resample(11)
+    state = deepcopy(whole.state_dict())
+    optimizer = hta.CoupledOptimizer(whole, PROPOSALS["SGD"], COUPLINGS["Homotopy"])
+    x, y = data(4, 2)
+    for step in range(4):
+        optimizer.zero_grad()
+        whole.backward(loss, *zip(x[step], y[step], strict=True))
+        optimizer.step()
+    for j, (params, messages) in enumerate(run(loaded, 2, state, 4)):
+        assert torch.equal(params, whole.params[j])
+        assert len(messages) == 2
+        assert all("state_dict must hold copy" in message for message in messages)
+
+
 def test_each_process_resumes_from_its_own_state():
     for one, other in zip(run(resumed, 2, True), run(resumed, 2, False), strict=True):
         assert torch.equal(one, other)
