@@ -3,6 +3,7 @@
 What is done to the modules meanwhile, moved, replaced, frozen, written, is followed or refused here. Imports checks.py and layout.py.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from operator import attrgetter, methodcaller
@@ -22,7 +23,7 @@ _TRAINS, _VERSION, _ADDRESS = attrgetter("requires_grad"), attrgetter("_version"
 # What _bind and _diagnose make anew, and copies and pickles do without.
 _DERIVED = frozenset((
     "params", "low", "masters", "frozen", "_grad_views", "_homes", "_streams", "_held", "_were", "_single", "_all", "_trains",
-    "_flat", "_addresses", "_versions", "_half_frozen",
+    "_flat", "_addresses", "_versions", "_half_frozen", "_grad_versions", "_warned",
 ))  # fmt: skip
 
 
@@ -48,6 +49,9 @@ class FlatCopies(nn.Module):
         compute_dtype: float16 or bfloat16 where the modules' parameters are copies of float32 masters, else None.
         first: the number of the first of them.
     """
+
+    _grad_versions: list[int]
+    _warned: bool  # of a copy that no gradient reaches
 
     def __init__(self, copies: list[nn.Module], layout: Layout, compute_dtype: torch.dtype | None, first: int = 0):
         super().__init__()
@@ -97,11 +101,16 @@ class FlatCopies(nn.Module):
         """
         self.check()
         views_of_others, others, moved = [], [], []
-        for parameters, views in zip(self.trained, self._grad_views, strict=True):
+        reached = [
+            before != sum(map(_VERSION, views))
+            for before, views in zip(self._grad_versions, self._grad_views, strict=True)
+        ]
+        for row, (parameters, views) in enumerate(zip(self.trained, self._grad_views, strict=True)):
             for parameter, view in zip(parameters, views, strict=True):
                 grad = parameter.grad
                 if grad is not view:
                     moved.append((parameter, view, grad))
+                    reached[row] |= grad is not None
         for parameter, view, grad in moved:
             if grad is None:
                 view.zero_()
@@ -112,6 +121,15 @@ class FlatCopies(nn.Module):
                 parameter.grad = view
         if others:
             torch._foreach_copy_(views_of_others, others)
+        self._grad_versions = [sum(map(_VERSION, views)) for views in self._grad_views]
+        if any(reached) and not all(reached) and not self._warned:
+            self._warned = True
+            lone, trained = reached.index(False) + self.first, reached.index(True) + self.first
+            warnings.warn(
+                f"no gradient reached copy {lone} in a step in which one reached copy {trained}, so that only the coupling moves it; "
+                "to train all copies use the Replicas themselves (their forward, loss or backward), not one copy",
+                stacklevel=3,
+            )
 
     # ---------------------------------------------------------------------------------------------------------- memory
 
@@ -125,7 +143,8 @@ class FlatCopies(nn.Module):
         self.params, self.grads = rows(), rows(self.compute_dtype, 1)
         self.low = None if self.compute_dtype is None else rows(self.compute_dtype, 4)
         self.masters = [self.layout.tensors(row) for row in self.params]
-        self._grad_views = [self.layout.views(row) for row in self.grads]
+        self._grad_views = [self.layout.tensors(row) for row in self.grads]  # each with a version of its own
+        self._warned = False
         self._homes = self.masters  # where each parameter lies
         if self.low is not None:
             self._homes = [
@@ -139,6 +158,7 @@ class FlatCopies(nn.Module):
                 if masters is None:
                     self.masters[row][i].copy_(parameter)
                 self._lay(row, i, parameter.grad)
+        self._grad_versions = [sum(map(_VERSION, views)) for views in self._grad_views]
         self._streams: list[torch.cuda.Stream] = []
         self._flat = [p for row in self.trained for p in row]
         self._addresses = [home.data_ptr() for row in self._homes for home in row]
@@ -213,7 +233,7 @@ class FlatCopies(nn.Module):
                 if now is parameter and now.data_ptr() == self._homes[row][i].data_ptr():
                     continue  # its master may hold more digits
                 self.masters[row][i].copy_(now)
-                self._grad_views[row][i] = self.layout.views(self.grads[row])[i]  # a copy's to() moves .grad in place
+                self._grad_views[row][i] = self.layout.tensors(self.grads[row])[i]  # a copy's to() moves .grad in place
                 self._lay(row, i, now.grad)
                 parameter.requires_grad_(now.requires_grad)
             for module in net.modules():

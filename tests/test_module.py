@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -90,6 +91,26 @@ def test_the_buffer_lives_as_long_as_a_parameter():
 
 
 # ------------------------------------------------------------------------------------------------------- as a module
+
+
+@pytest.mark.parametrize("how", ["zeroed", "set to None", "by Replicas", "alone", "both", "clipped", "none"])
+def test_who_trains_one_copy_alone_is_told_once(how):
+    """As a Trainer does that is given copy 0 as its model."""
+    optimizer = pair()
+    replicas = optimizer.replicas
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for one in [batch() for _ in range(3)]:
+            optimizer.zero_grad() if how != "set to None" else replicas.theta.zero_grad()
+            if how in ("both", "by Replicas", "clipped"):
+                replicas.backward(loss, one) if how != "both" else [loss(net, one).backward() for net in replicas]
+            elif how != "none":
+                loss(replicas.theta, one).backward()
+            if how == "clipped":
+                nn.utils.clip_grad_norm_(replicas.theta.parameters(), 0.1)
+            optimizer.step()
+    told = [str(w.message) for w in caught if "no gradient reached copy 1" in str(w.message)]
+    assert len(told) == (how in ("zeroed", "set to None", "alone"))
 
 
 def test_forward_is_each_copys():
