@@ -219,7 +219,7 @@ class FlatCopies(nn.Module):
             for module in net.modules():
                 for key, value in module._parameters.items():
                     if id(value) in mine:
-                        module._parameters[key] = mine[id(value)]
+                        setattr(module, key, mine[id(value)])  # an LSTM keeps a list of its parameters besides
         self._remember()
         self.written()
 

@@ -564,3 +564,24 @@ def test_a_factory_draws_the_copies_and_the_anchor():
     assert all((v >= 1).all() for v in replicas.layout.views(replicas.anchor))
     with pytest.raises(ValueError, match="pass factory="):
         hta.Replicas(Small(), start="independent")  # its gain belongs to no module that resets it
+
+
+# ------------------------------------------------------------------------------------------------ what users' code does
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+def test_rebind_reaches_modules_that_keep_lists_of_their_parameters():
+    replicas = hta.Replicas(Recurrent())
+    holder = nn.ModuleList([replicas])
+    holder.load_state_dict(copy.deepcopy(holder.state_dict()), assign=True)  # rebinds
+    replicas.backward(lambda net: net(torch.randn(3, 4)).square().sum())
+    for net in replicas:
+        assert all(p.grad.any() for p in net.parameters())
