@@ -88,6 +88,7 @@ class FlatCopies(nn.Module):
                 elif parameter.grad is not view:
                     parameter.grad = view
 
+    @torch.no_grad()  # backward(create_graph=True) leaves gradients with a graph
     def collect_grads(self) -> None:
         """Brings gradients that were put elsewhere (by `model.zero_grad()`, say) into the flat buffer; None counts as 0.
 
@@ -107,7 +108,8 @@ class FlatCopies(nn.Module):
                 view.zero_()
             else:
                 views_of_others.append(view)
-                others.append(_dense(grad))
+                # Another parameter's view, say, would be written before it is read.
+                others.append(grad.clone() if _share(grad, view) else _dense(grad))
             if parameter.dtype == view.dtype:
                 parameter.grad = view
         if others:
@@ -376,6 +378,11 @@ def check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> tuple[Te
         got = compute_dtype if isinstance(compute_dtype, torch.dtype) else shown(compute_dtype)
         raise TypeError(f"compute_dtype must be bfloat16 or float16 beside float32, got {got} for {dtype}")
     return next(iter(first.values())), compute_dtype
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors lie in the same storage."""
+    return one.layout == torch.strided and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _dense(grad: Tensor) -> Tensor:

@@ -585,3 +585,27 @@ def test_rebind_reaches_modules_that_keep_lists_of_their_parameters():
     replicas.backward(lambda net: net(torch.randn(3, 4)).square().sum())
     for net in replicas:
         assert all(p.grad.any() for p in net.parameters())
+
+
+def test_gradients_with_a_graph_are_gradients():
+    optimizer = pair()
+    other = copy.deepcopy(optimizer)
+    for one in [batch() for _ in range(2)]:
+        for each in (optimizer, other):
+            each.zero_grad()
+            each.replicas.loss(loss, one).backward(create_graph=each is optimizer)
+            each.step()
+    assert not optimizer.replicas.grads.requires_grad
+    assert torch.equal(optimizer.replicas.params, other.replicas.params)
+
+
+def test_swapped_gradients_are_swapped():
+    replicas = hta.Replicas(Net())
+    replicas.backward(loss, batch())
+    one, two = replicas.theta.fc.weight, replicas.eta.fc.weight
+    one.grad.fill_(1)
+    turned = two.grad.t().clone()
+    one.grad, two.grad = two.grad.t(), one.grad
+    replicas.collect_grads()
+    assert torch.equal(one.grad, turned)
+    assert (two.grad == 1).all()
