@@ -282,13 +282,17 @@ class FlatCopies(nn.Module):
             RuntimeError: a trained parameter was replaced, sharded, moved out of the buffer or frozen in some copies only, or a
                 trainable one was added.
         """
-        if not self._unchanged():
-            self._diagnose()
+        self.settle()
         if self._half_frozen:
             raise RuntimeError(
                 f"parameter {self._half_frozen!r} is frozen in some copies and trained in others; freeze it in all (the "
                 "coupling moves it still) or in none"
             )
+
+    def settle(self) -> None:
+        """As `check`, for those who only read the buffers: copies may be frozen as they like."""
+        if not self._unchanged():
+            self._diagnose()
         if not self._in_place():
             where = list(map(_ADDRESS, self._flat))
             row, i = divmod(
@@ -302,6 +306,10 @@ class FlatCopies(nn.Module):
 
     def _diagnose(self) -> None:
         """Raises where a trained parameter was replaced or a trainable one added, and else notes what is there now."""
+        if len(self.copies) != len(self.trained):
+            raise RuntimeError(
+                f"copies must stay {len(self.trained)} modules, got {len(self.copies)}; make new Replicas"
+            )
         for row, net in enumerate(self.copies):
             there = {id(p) for p in net.parameters()}
             now = dict(net.named_parameters())
@@ -361,6 +369,8 @@ def check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> tuple[Te
     """Raises where a model's trainable parameters cannot lie in one buffer; returns one of them, and the compute_dtype where it
     is not theirs."""
     first = trainable(model)
+    if any(isinstance(module, FlatCopies) for module in model.modules()):
+        raise TypeError("model must not hold Replicas, whose parameters lie in a flat buffer already, got some")
     if not first:
         raise ValueError("model has no parameter that requires a gradient")
     for name, parameter in first.items():

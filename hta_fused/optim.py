@@ -253,6 +253,7 @@ class CoupledOptimizer(FlatState):
             if replicas.low is not None:
                 replicas.low.copy_(replicas.params)
         self._stats[0], self._stats[2:] = stats[:, 0].sum(), stats[0, 2:]
+        replicas.written()
         if not (found_inf.item() or replicas.processes):
             self._stats[1] = replicas.distance() ** 2
 

@@ -289,6 +289,7 @@ class Replicas(FlatCopies):
 
     def distance(self) -> float:
         """√Σ_{i<j} ‖x_i − x_j‖²; for two copies ‖θ − η‖. With a group all processes must ask."""
+        self.settle()
         if self.processes:
             own = (self.params[0] - self.processes.mean(self.params[0])).double().square().sum()
             return float((self.processes.sum(own) * self.count) ** 0.5)
@@ -304,9 +305,7 @@ class Replicas(FlatCopies):
             loader: batches of inputs (or tuples that start with them) over which batch-norm statistics are estimated
                 anew, by torch.optim.swa_utils.update_bn; the mean of two networks has statistics of its own.
         """
-        if not self._unchanged():
-            self._diagnose()
-        self._take_low()
+        self.settle()
         merged = copy.deepcopy(self.theta)
         mean = self.layout.views(self.mean(self.params))
         names = {id(p): name for name, p in self.theta.named_parameters()}  # pruning and the like rename parameters

@@ -609,3 +609,39 @@ def test_swapped_gradients_are_swapped():
     replicas.collect_grads()
     assert torch.equal(one.grad, turned)
     assert (two.grad == 1).all()
+
+
+MISPLACED = {
+    "moved": lambda net: net.double(),
+    "data": lambda net: setattr(net.fc.weight, "data", torch.zeros(32, 32)),
+    "replaced": lambda net: setattr(net, "fc", nn.Linear(32, 32)),
+    "another's": lambda net: hta.Replicas(net),
+}
+
+
+@pytest.mark.parametrize("how", MISPLACED)
+def test_what_no_longer_lies_in_the_buffer_is_not_read_from_there(how):
+    replicas = hta.Replicas(Net())
+    _ = MISPLACED[how](replicas.eta)
+    for read in (replicas.merge, replicas.distance, replicas.check):
+        with pytest.raises(RuntimeError, match="parameter '.*' of copy 1 .*rebind"):
+            read()
+
+
+def test_distance_reads_what_was_written_to_low_precision_parameters():
+    replicas = hta.Replicas(Net(), compute_dtype=torch.bfloat16)
+    for net in replicas:
+        net.gain.requires_grad_(net is replicas.eta)  # as frozen as one likes
+    with torch.no_grad():
+        replicas.eta.fc.weight += 1
+    assert replicas.distance() == pytest.approx(32, rel=1e-2)
+
+
+def test_copies_stay_as_many_and_apart():
+    for change in (lambda copies: copies.append(Net()), lambda copies: copies.pop(1)):
+        optimizer = pair()
+        change(optimizer.replicas.copies)
+        with pytest.raises(RuntimeError, match="copies must stay 2 modules, got [13]"):
+            optimizer.step()
+    with pytest.raises(TypeError, match="model must not hold Replicas"):
+        hta.Replicas(nn.Sequential(hta.Replicas(Net())))
