@@ -57,7 +57,7 @@ class Replicas(FlatCopies):
         communicate: "float32" or "bfloat16": what the processes send their sums in.
         factory: returns a fresh module like the model, for start="independent" and anchor="random". Without it a deep
             copy of the model is drawn anew by the `reset_parameters` of its modules, which may differ from what
-            the model's constructor does.
+            the model's constructor does; what is frozen stays as it is.
 
     Attributes:
         copies: the m modules, an nn.ModuleList; `theta` and `eta` are the first two. With a group, this process's.

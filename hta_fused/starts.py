@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .checks import shown
@@ -100,7 +101,8 @@ def anchor_of(
 
 
 def reinitialised(model: nn.Module) -> nn.Module:
-    """A deep copy whose parameters are drawn anew, by the model's own `reset_parameters` or by its submodules'.
+    """A deep copy whose trainable parameters are drawn anew, by the model's own `reset_parameters` or by its submodules'.
+    What is frozen stays as it is, and so do the buffers of modules all of whose parameters are.
 
     Raises:
         ValueError: a trainable parameter belongs to a module that cannot reset itself.
@@ -108,7 +110,7 @@ def reinitialised(model: nn.Module) -> nn.Module:
     fresh = copy.deepcopy(model)
     if callable(getattr(fresh, "reset_parameters", None)):
         fresh.reset_parameters()  # type: ignore[operator]
-        return fresh
+        return _keep_frozen(fresh, model)
     for name, module in fresh.named_modules():
         if callable(getattr(module, "reset_parameters", None)):
             module.reset_parameters()
@@ -117,4 +119,17 @@ def reinitialised(model: nn.Module) -> nn.Module:
                 f"module {name or 'model'!r} ({type(module).__name__}) holds parameters but has no reset_parameters(); "
                 "pass factory=, a function that returns a fresh model"
             )
+    return _keep_frozen(fresh, model)
+
+
+@torch.no_grad()
+def _keep_frozen(fresh: nn.Module, model: nn.Module) -> nn.Module:
+    """Gives a module drawn anew the model's frozen part back: a pretrained backbone, say."""
+    for new, old in zip(fresh.modules(), model.modules(), strict=True):
+        pairs = list(zip(new.parameters(recurse=False), old.parameters(recurse=False), strict=True))
+        frozen = [(ours, theirs) for ours, theirs in pairs if not theirs.requires_grad]
+        if pairs and len(frozen) == len(pairs):
+            frozen += zip(new.buffers(recurse=False), old.buffers(recurse=False), strict=True)
+        for ours, theirs in frozen:
+            ours.copy_(theirs)
     return fresh

@@ -645,3 +645,21 @@ def test_copies_stay_as_many_and_apart():
             optimizer.step()
     with pytest.raises(TypeError, match="model must not hold Replicas"):
         hta.Replicas(nn.Sequential(hta.Replicas(Net())))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_independent_copies_keep_what_is_frozen(own):
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.body, self.head = nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.head.bias.requires_grad_(False)
+            for frozen in (self.norm, self.body):
+                frozen.requires_grad_(False)
+            self.norm.running_mean += 3
+
+    if own:
+        Backbone.reset_parameters = lambda self: [m.reset_parameters() for m in self.children()]
+    replicas = hta.Replicas(Backbone(), start="independent")
+    names = [n for n, v in replicas.theta.state_dict().items() if not v.equal(replicas.eta.state_dict()[n])]
+    assert names == ["head.weight"]
