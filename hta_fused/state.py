@@ -3,6 +3,7 @@
 Owns the buffers' meaning, and no arithmetic. Imports checks.py, couplings.py, proposals.py and replicas.py.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from itertools import chain
@@ -174,6 +175,8 @@ class FlatState(torch.optim.Optimizer):
         layout = self.replicas.layout
         if not isinstance(buffer, Tensor) or buffer.is_complex():
             raise TypeError(f"{what} must be a real tensor, got {shown(buffer)}")
+        if buffer.is_meta or buffer.layout != torch.strided:
+            raise TypeError(f"{what} must be a dense tensor in memory, got a {buffer.layout} one on {buffer.device}")
         if buffer.shape != layout.shapes[index]:
             raise ValueError(
                 f"{what} has shape {tuple(buffer.shape)}, but {layout.names[index]!r} has {tuple(layout.shapes[index])}"
@@ -181,11 +184,13 @@ class FlatState(torch.optim.Optimizer):
 
     def _check_entries(self, name: str, entries: Mapping[Any, Mapping[str, Any]]) -> int | None:
         """Refuses state that is not of the parameters' shapes, and returns what it says of AdamW's steps, if anything."""
-        steps = set()
+        steps, layout = set(), self.replicas.layout
         for row, parameters in enumerate(self.replicas.trained):
             for i, parameter in enumerate(parameters):
                 entry = entries.get(parameter, {})
-                steps.add(int(number("step", entry["step"])) if "step" in entry else None)
+                if not isinstance(entry, Mapping):
+                    raise TypeError(f"{name} of {layout.names[i]!r} must be a dict, got {shown(entry)}")
+                steps.add(_steps(f"{name}'s step", entry["step"]) if "step" in entry else None)
                 for key in (*self.proposal.all_buffers, *self._coupling_class.buffers):
                     if entry.get(key) is not None:
                         self._check_shape(f"{name}'s {key} of copy {row}", entry[key], i)
@@ -195,6 +200,7 @@ class FlatState(torch.optim.Optimizer):
             raise ValueError(f"{name}'s step must be the same for all parameters, got {', '.join(map(str, steps))}")
         return steps.pop()
 
+    @torch.no_grad()  # what others put there may require gradients
     def _take_entries(self, entries: Mapping[Any, Mapping[str, Any]]) -> None:
         """Copies what state holds for each parameter into the buffers: zero for what it lacks, for Parle's the copies."""
         ours = {id(tensor) for tensor in self._shown}
@@ -209,7 +215,11 @@ class FlatState(torch.optim.Optimizer):
                 for i, (parameter, view) in enumerate(zip(parameters, layout.views(buffer[row]), strict=True)):
                     value = entries.get(parameter, {}).get(name)
                     if value is None:
-                        value = replicas.masters[row][i] if name in self._coupling_class.buffers else torch.zeros(())
+                        value = (
+                            replicas.masters[row][i]
+                            if name in self._coupling_class.buffers
+                            else torch.zeros((), device="cpu")
+                        )
                     elif id(value) in ours:
                         if value.data_ptr() == view.data_ptr():
                             continue
@@ -253,7 +263,7 @@ class FlatState(torch.optim.Optimizer):
         elif not isinstance(self.proposal, SGD) and self._planned is None:
             step = self._step_tensor.item()
             if step != self._step_was:
-                self._set_steps(int(step))  # edited in place
+                self._set_steps(_steps("state's step", step))  # edited in place
 
     def _show_state(self) -> None:
         """Makes the views of the flat buffers the optimizer's state, in torch's own layout, beside what others keep there."""
@@ -275,6 +285,14 @@ class FlatState(torch.optim.Optimizer):
         """The layout's numbers of a group's parameters."""
         params: list[nn.Parameter] = group["params"]
         return [self._index_of[id(p)] for p in params[: len(params) // len(self.replicas)]]
+
+
+def _steps(name: str, value: Any) -> int:
+    """A number of steps, which torch keeps in a float."""
+    steps = number(name, value)
+    if not (0 <= steps < math.inf and steps == int(steps)):
+        raise ValueError(f"{name} must be a whole number, at least 0, got {steps}")
+    return int(steps)
 
 
 def settings_of(of: Proposal | Coupling) -> dict[str, Any]:

@@ -663,3 +663,41 @@ def test_independent_copies_keep_what_is_frozen(own):
     replicas = hta.Replicas(Backbone(), start="independent")
     names = [n for n, v in replicas.theta.state_dict().items() if not v.equal(replicas.eta.state_dict()[n])]
     assert names == ["head.weight"]
+
+
+def test_state_that_requires_gradients_is_state():
+    optimizer = pair()
+    for p in optimizer.replicas.parameters():
+        optimizer.state[p]["momentum_buffer"] = torch.ones_like(p).requires_grad_()
+    train(optimizer, [batch() for _ in range(2)])
+    assert not optimizer._buffers["momentum_buffer"].requires_grad
+
+
+NO_STATE = {
+    "state of 'fc.weight' must be a dict, got 3": lambda state, p: state.__setitem__(p, 3),
+    "exp_avg of copy 0 must be a dense tensor in memory, got a torch.sparse_coo one": lambda state, p: state[p].update(
+        exp_avg=p.detach().to_sparse()
+    ),
+    "exp_avg of copy 0 must be a dense tensor in memory, got a torch.strided one on meta": lambda state, p: state[
+        p
+    ].update(exp_avg=p.detach().to("meta")),
+    "state's step must be a whole number, at least 0, got -1.0": lambda state, p: state[p]["step"].fill_(-1),
+    "state's step must be a whole number, at least 0, got 2.5": lambda state, p: [
+        entry.update(step=2.5) for entry in state.values()
+    ],
+    "state's step must be a whole number, at least 0, got nan": lambda state, p: [
+        entry.update(step=math.nan) for entry in state.values()
+    ],
+}
+
+
+@pytest.mark.parametrize("message", NO_STATE)
+def test_what_is_no_state_is_named_before_anything_is_written(message):
+    optimizer = pair(proposal="AdamW")
+    train(optimizer, [batch()])
+    before = [t.clone() for t in (optimizer.replicas.params, *optimizer._buffers.values())]
+    NO_STATE[message](optimizer.state, optimizer.replicas.theta.fc.weight)
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step()
+    after = [optimizer.replicas.params, *optimizer._buffers.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
