@@ -87,10 +87,10 @@ class CoupledOptimizer(FlatState):
         flag("skip_nonfinite", skip_nonfinite)
         flag("capturable", capturable)
         flag("unscale", unscale)
-        self.replicas = replicas
+        self._replicas = replicas
         self.skip_nonfinite = skip_nonfinite
         self.capturable = capturable
-        self.proposal = proposal
+        self._proposal = proposal
         self._step_supports_amp_scaling = unscale  # GradScaler hands over grad_scale and found_inf
         device = replicas.params.device
         self._bound = replicas.params  # others, once the Replicas have moved
@@ -114,6 +114,7 @@ class CoupledOptimizer(FlatState):
             del defaults["dampening"]
         self._coupling_class = type(coupling)
         super().__init__(self._split(groups), defaults)
+        self._grouped = self._params_of_groups()
         self._write_codes()
         # What the kernels read, a row for each group; see csrc/args.h.
         self.rules = torch.zeros(0, dtype=arithmetic(replicas.params.dtype))
@@ -146,6 +147,19 @@ class CoupledOptimizer(FlatState):
         self._make_buffers()
         if self.capturable:
             self.refresh()
+
+    @property
+    def L(self) -> float:
+        """The homotopy parameter of all groups (of the first, should they differ), where the coupling has one."""
+        if "L" not in self._coupling_class.__dataclass_fields__:
+            raise AttributeError(f"there is no L: the coupling is {self._coupling_class.__name__}")
+        return self.param_groups[0]["L"]
+
+    @L.setter
+    @_disable_dynamo
+    def L(self, value: float) -> None:
+        _ = self.L
+        self.coupling = replace(self.coupling, L=value)  # type: ignore[call-arg]
 
     @property
     def stats(self) -> StepStats:
@@ -197,6 +211,8 @@ class CoupledOptimizer(FlatState):
                 loss = closure()
         replicas = self.replicas
         replicas.check()
+        if self._params_of_groups() != self._grouped:
+            raise ValueError("params of param_groups must stay those of the constructor's groups, got others")
         grad_scale = as_scalar("grad_scale", getattr(self, "grad_scale", None), replicas.params)
         capturing = replicas.params.is_cuda and torch.cuda.is_current_stream_capturing()
         if not capturing:
@@ -424,7 +440,7 @@ class CoupledOptimizer(FlatState):
 
     def _proposal_of(self, group: Mapping[str, Any], **changed: Any) -> Proposal:
         values = {**group, **changed}
-        own: dict[str, Any] = {f.name: values[f.name] for f in fields(self.proposal)}
+        own = _picked(values, self.proposal)
         if isinstance(own["lr"], Tensor):  # which may change in place
             own["lr"] = number("lr", own["lr"])
         if values.get("dampening"):
@@ -433,7 +449,12 @@ class CoupledOptimizer(FlatState):
 
     def _coupling_of(self, group: Mapping[str, Any], **changed: Any) -> Coupling:
         values = {**group, **changed}
-        return self._coupling_class(**{f.name: values[f.name] for f in fields(self._coupling_class)})
+        name = self._coupling_class.__name__
+        if values.get("coupling", name) != name:
+            raise ValueError(
+                f"coupling of param_groups must stay {name!r}, got {shown(values['coupling'])}; assign .coupling instead"
+            )
+        return self._coupling_class(**_picked(values, self._coupling_class))
 
     def _group_settings(self, group: Mapping[str, Any]) -> list[Any]:
         return [
@@ -457,6 +478,10 @@ class CoupledOptimizer(FlatState):
         still = rows.clone()  # each group's row for what is frozen in it
         still[:, :NUMBERS] = torch.tensor([proposal.frozen_numbers(coupling.explicit) for proposal, coupling in made])
         return torch.cat([rows, still])
+
+    def _params_of_groups(self) -> list[list[int]]:
+        """Which parameters are in which group, by identity."""
+        return [list(map(id, group["params"])) for group in self.param_groups]
 
     def _write_codes(self) -> None:
         """Says for each tile which row of the rules it is given."""
@@ -604,15 +629,13 @@ class HomotopySGD(CoupledOptimizer):
             groups=groups, skip_nonfinite=skip_nonfinite, capturable=capturable, unscale=unscale,
         )  # fmt: skip
 
-    @property
-    def L(self) -> float:
-        """The homotopy parameter of all groups (of the first, should they differ)."""
-        return self.param_groups[0]["L"]
 
-    @L.setter
-    @_disable_dynamo
-    def L(self, value: float) -> None:
-        self.coupling = replace(self.coupling, L=value)  # type: ignore[call-arg]
+def _picked(values: Mapping[str, Any], of: Any) -> dict[str, Any]:
+    """The settings of a proposal or coupling among those of a group."""
+    for f in fields(of):
+        if f.name not in values:
+            raise ValueError(f"{f.name} is missing in param_groups")
+    return {f.name: values[f.name] for f in fields(of)}
 
 
 def _check_coupling(coupling: Coupling, replicas: Replicas) -> None:

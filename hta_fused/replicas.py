@@ -116,9 +116,14 @@ class Replicas(FlatCopies):
                 processes.broadcast_(point)
         super().__init__(here, layout, compute_dtype, processes.rank if processes else 0)
         self.processes = processes
-        self.partition = partition
+        self._partition = partition
         self.register_buffer("anchor", point)
         self.register_load_state_dict_post_hook(_after_loading)
+
+    @property
+    def partition(self) -> Partition:
+        """Each element's label; for another one make new Replicas."""
+        return self._partition
 
     @property
     def count(self) -> int:
@@ -150,7 +155,7 @@ class Replicas(FlatCopies):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Replicas":
         super()._apply(fn, recurse)
-        self.partition = self.partition.to(self.params.device)
+        self._partition = self.partition.to(self.params.device)
         return self
 
     def describe(self) -> None:

@@ -22,8 +22,8 @@ from .replicas import Replicas
 class FlatState(torch.optim.Optimizer):
     """What CoupledOptimizer is apart from stepping: buffers of [m, N], the `state` that shows them, and state_dicts."""
 
-    replicas: Replicas
-    proposal: Proposal
+    _replicas: Replicas
+    _proposal: Proposal
     _coupling_class: type[Coupling]
     _buffers: dict[str, Tensor]  # [m, N] each, by torch's names
     _idle: dict[str, Tensor]  # those of which there is no need at the moment
@@ -35,6 +35,16 @@ class FlatState(torch.optim.Optimizer):
     _cursor: Tensor
     _plan_start: int
     _known: Any  # what the rules on the device were made from
+
+    @property
+    def replicas(self) -> Replicas:
+        """The copies, those it was made with."""
+        return self._replicas
+
+    @property
+    def proposal(self) -> Proposal:
+        """The proposal it was made with; param_groups say what its settings are now."""
+        return self._proposal
 
     def _make_buffers(self) -> None:
         raise NotImplementedError

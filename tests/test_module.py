@@ -701,3 +701,46 @@ def test_what_is_no_state_is_named_before_anything_is_written(message):
         optimizer.step()
     after = [optimizer.replicas.params, *optimizer._buffers.values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+GROUP_EDITS = {
+    "lr is missing in param_groups": lambda groups: groups[0].pop("lr"),
+    "L is missing in param_groups": lambda groups: groups[1].pop("L"),
+    "coupling of param_groups must stay 'Homotopy', got 'EMA'; assign .coupling": lambda groups: groups[1].update(
+        coupling="EMA"
+    ),
+    "params of param_groups must stay those of the constructor's groups": lambda groups: groups[1]["params"].pop(),
+    "params of param_groups must stay those": lambda groups: groups.append({**groups[0]}),
+    "params of param_groups must": lambda groups: groups.pop(),
+    "params of": lambda groups: groups[1]["params"].append(groups[0]["params"].pop()),
+}
+
+
+@pytest.mark.parametrize("message", GROUP_EDITS)
+def test_what_was_done_to_param_groups_counts_or_is_named(message):
+    optimizer = hta.CoupledOptimizer(
+        hta.Replicas(Net()), PROPOSALS["SGD"], COUPLINGS[0], groups=[{"params": ["fc.bias"], "lr": 0.0}]
+    )
+    train(optimizer, [batch()])
+    before = optimizer.replicas.params.clone()
+    GROUP_EDITS[message](optimizer.param_groups)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(optimizer.replicas.params, before)
+
+
+def test_attributes_that_no_step_would_read_cannot_be_set():
+    optimizer = pair()
+    for holder, name in ((optimizer, "proposal"), (optimizer, "replicas"), (optimizer.replicas, "partition")):
+        with pytest.raises(AttributeError, match=f"{name}.*no setter"):
+            setattr(holder, name, getattr(pair() if holder is optimizer else pair().replicas, name))
+
+
+def test_L_can_be_set_where_there_is_one():
+    optimizer = pair(proposal="AdamW")
+    optimizer.L = 0.5
+    assert optimizer.coupling == hta.Homotopy(0.5)
+    optimizer.coupling = hta.EMA()
+    with pytest.raises(AttributeError, match="there is no L: the coupling is EMA"):
+        optimizer.L = 0.5
+    assert not hasattr(optimizer, "L")
