@@ -447,6 +447,17 @@ class CoupledOptimizer(FlatState):
             raise ValueError(f"dampening must be 0 in param_groups, got {shown(values['dampening'])}")
         return type(self.proposal)(**own)
 
+    def _check_group(self, name: str, group: Mapping[str, Any]) -> None:
+        """Raises where settings that are not param_groups' yet are missing, outside their range, or of no use here."""
+        of = couplings.BY_NAME[group["coupling"]]
+        for key in (*settings_of(self.proposal), *(f.name for f in fields(of))):
+            if key not in group:
+                raise ValueError(f"{key} is missing in {name}: they are of another optimizer")
+        if "steps" in group:
+            number("steps", group["steps"])
+        self._proposal_of(group)
+        _check_coupling(of(**_picked(group, of)), self.replicas)
+
     def _coupling_of(self, group: Mapping[str, Any], **changed: Any) -> Coupling:
         values = {**group, **changed}
         name = self._coupling_class.__name__

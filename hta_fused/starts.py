@@ -127,7 +127,7 @@ def _keep_frozen(fresh: nn.Module, model: nn.Module) -> nn.Module:
     """Gives a module drawn anew the model's frozen part back: a pretrained backbone, say."""
     for new, old in zip(fresh.modules(), model.modules(), strict=True):
         pairs = list(zip(new.parameters(recurse=False), old.parameters(recurse=False), strict=True))
-        frozen = [(ours, theirs) for ours, theirs in pairs if not theirs.requires_grad]
+        frozen: list[tuple[Tensor, Tensor]] = [(ours, theirs) for ours, theirs in pairs if not theirs.requires_grad]
         if pairs and len(frozen) == len(pairs):
             frozen += zip(new.buffers(recurse=False), old.buffers(recurse=False), strict=True)
         for ours, theirs in frozen:

@@ -49,6 +49,9 @@ class FlatState(torch.optim.Optimizer):
     def _make_buffers(self) -> None:
         raise NotImplementedError
 
+    def _check_group(self, name: str, group: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
     def _proposal_of(self, group: Mapping[str, Any], **changed: Any) -> Proposal:
         raise NotImplementedError
 
@@ -70,16 +73,24 @@ class FlatState(torch.optim.Optimizer):
         """As torch.optim.Optimizer.load_state_dict; what it holds goes into the flat buffers.
 
         Raises:
-            ValueError: groups or a buffer's shape differ; nothing is changed then.
+            ValueError, TypeError: groups or a buffer's shape differ, or settings are missing or not in their range; nothing is
+                changed then.
         """
-        final = state_dict
+        final, kept = state_dict, [dict(group) for group in self.param_groups]
 
         def catch(optimizer: Any, loaded: dict[str, Any]) -> None:  # after the user's own hooks have had their say
             nonlocal final
-            final = loaded
-            self._check_entries("state_dict", self._by_parameter(loaded))
+            groups = [self._with_coupling(*both) for both in zip(loaded["param_groups"], kept, strict=False)]
+            if len({group["coupling"] for group in groups}) > 1:
+                raise ValueError("coupling must be the same in all of state_dict's param_groups, got several")
+            for group in groups:  # torch counts them
+                self._check_group("state_dict's param_groups", group)
+            self._check_entries("state_dict", self._by_parameter(loaded), groups[0]["coupling"] if groups else None)
+            final = {**loaded, "param_groups": groups + loaded["param_groups"][len(groups) :]}
 
         def take(optimizer: Any) -> None:
+            for group, wanted in zip(self.param_groups, final["param_groups"], strict=True):
+                group.update({name: value for name, value in wanted.items() if name not in group})
             self._take_state(final)
 
         hooks = [
@@ -138,6 +149,12 @@ class FlatState(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, groups, strict=True):
             if saved.get("dampening") or saved.get("amsgrad"):
                 raise ValueError("state_dict has dampening or amsgrad set, which this optimizer does not have")
+            if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay"):
+                raise ValueError("state_dict has the weight_decay of torch.optim.Adam, not of AdamW: it must be 0")
+            lacks = [key for key in settings_of(self.proposal) if key not in saved and key != "maximize"]
+            if lacks:
+                raise ValueError(f"{lacks[0]} is missing in state_dict's param_groups: it is of another optimizer")
+            self._proposal_of({**group, **{k: v for k, v in saved.items() if k in settings_of(self.proposal)}})
             for i, key in zip(self._indices(group), saved["params"], strict=True):
                 entry = state_dict["state"].get(key, {})
                 steps |= {int(entry["step"])} if "step" in entry else set()
@@ -192,8 +209,24 @@ class FlatState(torch.optim.Optimizer):
                 f"{what} has shape {tuple(buffer.shape)}, but {layout.names[index]!r} has {tuple(layout.shapes[index])}"
             )
 
-    def _check_entries(self, name: str, entries: Mapping[Any, Mapping[str, Any]]) -> int | None:
-        """Refuses state that is not of the parameters' shapes, and returns what it says of AdamW's steps, if anything."""
+    def _with_coupling(self, group: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+        """A state_dict's group with what it lacks of its coupling: torch's own has none. That stays as it was, else is
+        the default."""
+        name = group.get("coupling", kept["coupling"])
+        if name not in couplings.BY_NAME:
+            raise ValueError(f"state_dict's coupling must be one of {', '.join(couplings.BY_NAME)}, got {shown(name)}")
+        of = couplings.BY_NAME[name]
+        settings = coupling_settings(of())
+        if name == kept["coupling"]:
+            settings = {key: kept.get(key, value) for key, value in settings.items()}
+        return {**settings, **group}
+
+    def _check_entries(
+        self, name: str, entries: Mapping[Any, Mapping[str, Any]], coupling: str | None = None
+    ) -> int | None:
+        """Refuses state that is not of the parameters' shapes, and returns what it says of AdamW's steps, if anything.
+        coupling: another one's name than that of now."""
+        more = couplings.BY_NAME[coupling].buffers if coupling else self._coupling_class.buffers
         steps, layout = set(), self.replicas.layout
         for row, parameters in enumerate(self.replicas.trained):
             for i, parameter in enumerate(parameters):
@@ -201,7 +234,7 @@ class FlatState(torch.optim.Optimizer):
                 if not isinstance(entry, Mapping):
                     raise TypeError(f"{name} of {layout.names[i]!r} must be a dict, got {shown(entry)}")
                 steps.add(_steps(f"{name}'s step", entry["step"]) if "step" in entry else None)
-                for key in (*self.proposal.all_buffers, *self._coupling_class.buffers):
+                for key in (*self.proposal.all_buffers, *more):
                     if entry.get(key) is not None:
                         self._check_shape(f"{name}'s {key} of copy {row}", entry[key], i)
         if isinstance(self.proposal, SGD):
@@ -240,11 +273,7 @@ class FlatState(torch.optim.Optimizer):
 
     def _take_state(self, state_dict: dict[str, Any]) -> None:
         """Brings what a state_dict holds (itself: torch has cast its copies to the parameters' dtype) into the buffers."""
-        name = self.param_groups[0].get("coupling", self._coupling_class.__name__)
-        self._coupling_class = couplings.BY_NAME[name]
-        for group in self.param_groups:
-            for key, value in coupling_settings(self._coupling_class()).items():
-                group.setdefault(key, value)
+        self._coupling_class = couplings.BY_NAME[self.param_groups[0]["coupling"]]
         clock = max((int(group.pop("steps")) for group in self.param_groups if "steps" in group), default=0)
         self._make_buffers()
         entries = self._by_parameter(state_dict)
