@@ -172,9 +172,15 @@ class Replicas(FlatCopies):
         tuple with each copy's. All graphs are in memory at once; `backward` holds one.
         """
         outputs = [net(*args, **kwargs) for net in self.copies]
-        first = outputs[0]
-        if not (isinstance(first, Mapping) and isinstance(first.get("loss"), Tensor)):
+        first, have = outputs[0], [isinstance(o, Mapping) and isinstance(o.get("loss"), Tensor) for o in outputs]
+        if not any(have):
             return tuple(outputs)
+        for number, (output, has) in enumerate(zip(outputs, have, strict=True), self.first):
+            if not has or set(output) != set(first):
+                names = ", ".join(map(str, output)) if isinstance(output, Mapping) else shown(output)
+                raise ValueError(
+                    f"outputs must have a loss, and the same names, in all copies, got {names} in copy {number}"
+                )
         together = {name: tuple(output[name] for output in outputs) for name in first}
         return type(first)(**together | {"loss": torch.stack(together["loss"]).sum()})
 
@@ -185,7 +191,7 @@ class Replicas(FlatCopies):
             fn: fn(net) or fn(net, batch), the loss of one copy.
             batches: none; one, on which all copies are evaluated (the paper's one ξ); or one for each copy.
         """
-        losses = [fn(net, *args) for net, args in zip(self.copies, self._arguments(batches), strict=True)]
+        losses = [_one(fn(net, *args)) for net, args in zip(self.copies, self._arguments(batches), strict=True)]
         return torch.stack(losses).sum()
 
     @_disable_dynamo(recursive=False)  # a graph ends at backward() anyhow; the copies' passes are compiled
@@ -219,7 +225,7 @@ class Replicas(FlatCopies):
                 stream.wait_stream(main)  # before copy 0's work is queued: the others need not wait for it
         for net, args, stream in zip(self.copies, self._arguments(batches), streams, strict=True):
             with torch.cuda.stream(stream):  # None changes nothing
-                value = fn(net, *args)
+                value = _one(fn(net, *args))
                 scale(value).backward()
                 losses.append(value.detach())
         if main is not None:
@@ -246,7 +252,9 @@ class Replicas(FlatCopies):
     def get_extra_state(self) -> Tensor:
         """The partition's digest and the seed of its hashed labels."""
         seed = self.partition.seed
-        return torch.cat([self.partition.digest(), torch.zeros(1, dtype=torch.int64) if seed is None else seed.cpu()])
+        return torch.cat(
+            [self.partition.digest(), torch.zeros(1, dtype=torch.int64, device="cpu") if seed is None else seed.cpu()]
+        )
 
     def set_extra_state(self, state: Tensor) -> None:
         """The inverse of `get_extra_state`; `_load_from_state_dict` has checked the digest."""
@@ -283,6 +291,11 @@ class Replicas(FlatCopies):
             shapes = [tuple(getattr(of, "shape", ())) for of in (state_dict.get(name, value), value)]
             if shapes[0] != shapes[1]:
                 raise RuntimeError(f"{name!r} has shape {shapes[0]} in state_dict, but here {shapes[1]}")
+            entry = state_dict.get(name, value)
+            if entry.is_complex() > value.is_complex() or entry.is_meta:
+                raise RuntimeError(
+                    f"{name!r} must be real and in memory, got {entry.dtype} on {entry.device} in state_dict"
+                )
         extra = state_dict.get(prefix + "_extra_state")
         if extra is not None and int(extra[0]) != int(self.partition.digest()):
             raise RuntimeError(
@@ -334,6 +347,15 @@ class Replicas(FlatCopies):
                 f"batches must be none, one for all copies or one for each of {len(self)}, got {len(batches)}"
             )
         return [(batch,) for batch in batches] if len(batches) > 1 else [batches] * len(self)
+
+
+def _one(loss: Any) -> Tensor:
+    """What fn returned, if it is a loss."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"fn must return a loss, a tensor of one element, got {shown(loss)}")
+    if loss.numel() != 1:
+        raise ValueError(f"fn must return a loss, a tensor of one element, got shape {tuple(loss.shape)}")
+    return loss
 
 
 def _in_place_of(model: nn.Module, copy: nn.Module, start: Any) -> nn.Module:

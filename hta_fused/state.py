@@ -126,7 +126,7 @@ class FlatState(torch.optim.Optimizer):
             for i in indices:
                 state[count] = {name: views[name][i].clone() for name in self._proposal_of(group).buffers}
                 if not isinstance(self.proposal, SGD):
-                    state[count]["step"] = torch.tensor(float(self.steps))
+                    state[count]["step"] = torch.tensor(float(self.steps), device="cpu")
                 count += 1
         return {"state": state, "param_groups": groups}
 

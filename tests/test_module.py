@@ -818,3 +818,75 @@ def test_the_state_of_another_of_torchs_optimizers_is_refused(of, message):
     with pytest.raises(TypeError, match="lr must be a number, got 'x'"):
         optimizer.load_torch_state_dict(0, bad)
     assert str(everything(optimizer)) == str(before)
+
+
+class Says(nn.Module):
+    """Returns what it was told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return {k: self.fc(x).sum() if k == "loss" else v for k, v in self.says.items()}
+
+
+def test_copies_whose_outputs_differ_are_named():
+    whole, none, other = {"loss": 1, "y": 2}, {"loss": 1}, {"y": 2}
+    for one, two, number in ((whole, none, 1), (whole, other, 1), (other, whole, 0), (none, whole, 1)):
+        replicas = hta.Replicas(Says(), partition={})
+        replicas.theta.says, replicas.eta.says = one, two
+        with pytest.raises(ValueError, match=f"outputs must have a loss.* got .* in copy {number}"):
+            replicas(torch.ones(1))
+
+
+def test_what_is_no_loss_is_named():
+    replicas = hta.Replicas(Net())
+    for call in (replicas.loss, replicas.backward):
+        for value, kind in ((None, "None"), ({"loss": 1}, "a dict"), (1.5, "1.5"), (torch.ones(3), r"shape \(3,\)")):
+            with pytest.raises((TypeError, ValueError), match=f"fn must return a loss, .*, got {kind}"):
+                call(lambda net, value=value: value)
+
+
+def test_replicas_state_that_is_no_real_tensor_changes_nothing():
+    replicas = hta.Replicas(Net())
+    for value in (torch.ones(32, dtype=torch.complex64), torch.ones(32, device="meta")):
+        state = {k: v + 1 for k, v in replicas.state_dict().items() if k != "_extra_state"} | {
+            "copies.1.fc.bias": value
+        }
+        before = replicas.params.clone()
+        with pytest.raises(RuntimeError, match="'copies.1.fc.bias' must be real and in memory"):
+            replicas.load_state_dict(state, strict=False)
+        assert torch.equal(replicas.params, before)
+
+
+def test_a_scheduler_of_what_the_coupling_no_longer_has_says_so():
+    optimizer = pair()
+    scheduler = hta.CouplingScheduler(optimizer, L=lambda epoch: "none" if epoch == 2 else 1.0)
+    scheduler.step()
+    with pytest.raises(TypeError, match="L must be a number"):
+        scheduler.step()
+    assert scheduler.epoch == 1
+    optimizer.coupling = hta.EMA()
+    scheduler.settings["L"] = lambda epoch: 1.0
+    with pytest.raises(ValueError, match="L must be a setting of the optimizer's coupling, which is EMA"):
+        scheduler.step()
+
+
+def test_state_does_not_depend_on_the_default_device():
+    """A user's torch.set_default_device("cuda"); "meta" stands in for it here."""
+    optimizer, other = pair(proposal="AdamW"), pair(proposal="AdamW")
+    torch.set_default_device("meta")
+    try:
+        other.replicas.load_state_dict(optimizer.replicas.state_dict())
+        other.load_state_dict(optimizer.state_dict())
+        other.state.clear()
+        other.step()
+        copy.deepcopy(other).step()
+        other.load_torch_state_dict(0, optimizer.torch_state_dict("mean"))
+        other.coupling = hta.Parle(every=1)
+        other.step()
+        assert all(t.device.type == "cpu" for t in (other.replicas.merge().fc.weight, other.replicas.double().params))
+        pickle.loads(pickle.dumps(other)).step()
+    finally:
+        torch.set_default_device(None)
