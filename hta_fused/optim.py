@@ -5,6 +5,7 @@ Owns the proposals' buffers and the settings; the copies are the Replicas', the 
 
 import copy
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import count
@@ -303,12 +304,19 @@ class CoupledOptimizer(FlatState):
                 found_inf.copy_(~largest.isfinite().all())
         if not (together and replicas.processes and (looks or hasattr(self, "found_inf"))):
             return found_inf
-        same = float((0 if self._across is None else getattr(self._across, "digest", 0)) + self._steps & 0xFFFFFF)
+        seed = replicas.partition.seed
+        state = (
+            getattr(self._across, "digest", 0),
+            self._frozen,
+            int(seed) if seed is not None and seed.is_cpu else None,
+        )
+        same = float(zlib.crc32(repr(state).encode()) + self._steps & 0xFFFFFF)
         asked = torch.cat([found_inf.detach().float().reshape(1), found_inf.new_tensor([same, -same]).float()])
         replicas.processes.largest_(asked)
         if asked.is_cpu and asked[1] != -asked[2]:
             raise RuntimeError(
-                f"lr, L and all other settings must be the same in all processes, but at step {self._steps} they differ"
+                "lr, L and all other settings, what is frozen and the partition's seed must be the same in all processes, but "
+                f"at step {self._steps} they differ"
             )
         return asked[:1]
 
