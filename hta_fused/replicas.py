@@ -3,7 +3,6 @@
 Owns the copies and nothing else: no optimizer, no schedule, no data. Imports flat.py, partition.py and starts.py.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from .flat import FlatCopies, check_model
 from .kernels.reference import MAX_COPIES
 from .layout import Layout
 from .partition import Partition
-from .starts import anchor_of, others, reinitialised
+from .starts import anchor_of, copied, others, reinitialised
 
 
 class Replicas(FlatCopies):
@@ -324,7 +323,7 @@ class Replicas(FlatCopies):
                 anew, by torch.optim.swa_utils.update_bn; the mean of two networks has statistics of its own.
         """
         self.settle()
-        merged = copy.deepcopy(self.theta)
+        merged = copied(self.theta)
         mean = self.layout.views(self.mean(self.params))
         names = {id(p): name for name, p in self.theta.named_parameters()}  # pruning and the like rename parameters
         by_name = dict(merged.named_parameters())

@@ -29,7 +29,7 @@ def others(model: nn.Module, count: int, start: str | Sequence[nn.Module], fresh
     if isinstance(start, str):
         if start not in ("copy", "independent"):
             raise ValueError(f"start must be 'copy', 'independent' or a list of modules, got {start!r}")
-        found = [copy.deepcopy(model) if start == "copy" else fresh() for _ in range(count)]
+        found = [copied(model) if start == "copy" else fresh() for _ in range(count)]
         name = "start" if start == "copy" else "factory's module"
         names = [name] * count
     elif isinstance(start, Sequence):
@@ -100,6 +100,12 @@ def anchor_of(
     return flat
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy, also of modules that keep what they computed last: the `weight` of pruning and of weight_norm."""
+    kept = (t for m in module.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf)
+    return copy.deepcopy(module, {id(t): t.detach().clone() for t in kept})
+
+
 def reinitialised(model: nn.Module) -> nn.Module:
     """A deep copy whose trainable parameters are drawn anew, by the model's own `reset_parameters` or by its submodules'.
     What is frozen stays as it is, and so do the buffers of modules all of whose parameters are.
@@ -107,7 +113,7 @@ def reinitialised(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a trainable parameter belongs to a module that cannot reset itself.
     """
-    fresh = copy.deepcopy(model)
+    fresh = copied(model)
     if callable(getattr(fresh, "reset_parameters", None)):
         fresh.reset_parameters()  # type: ignore[operator]
         return _keep_frozen(fresh, model)

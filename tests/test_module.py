@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 from torch import nn
+from torch.nn.utils import prune
 
 import hta_fused as hta
 from hta_fused.layout import trainable
@@ -890,3 +891,17 @@ def test_state_does_not_depend_on_the_default_device():
         pickle.loads(pickle.dumps(other)).step()
     finally:
         torch.set_default_device(None)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("how", [nn.utils.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)])
+def test_pruned_and_normalised_modules_are_copied_and_merged_after_a_pass(how):
+    model = nn.Sequential(nn.Linear(4, 4))
+    how(model[0])
+    x = torch.randn(3, 4)
+    model(x)
+    replicas = hta.Replicas(model, partition={})
+    optimizer = hta.HomotopySGD(replicas, 0.1, L=0.0)
+    replicas.backward(lambda net: net(x).square().sum())
+    optimizer.step()
+    assert torch.allclose(replicas.merge()(x), replicas.theta(x))
