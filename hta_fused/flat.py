@@ -92,6 +92,7 @@ class FlatCopies(nn.Module):
                 elif parameter.grad is not view:
                     parameter.grad = view
 
+    @torch.no_grad()  # backward(create_graph=True) leaves gradients with a graph
     def collect_grads(self) -> None:
         """Brings gradients that were put elsewhere (by `model.zero_grad()`, say) into the flat buffer; None counts as 0.
 
@@ -116,7 +117,8 @@ class FlatCopies(nn.Module):
                 view.zero_()
             else:
                 views_of_others.append(view)
-                others.append(_dense(grad))
+                # Another parameter's view, say, would be written before it is read.
+                others.append(grad.clone() if _share(grad, view) else _dense(grad))
             if parameter.dtype == view.dtype:
                 parameter.grad = view
         if others:
@@ -239,7 +241,7 @@ class FlatCopies(nn.Module):
             for module in net.modules():
                 for key, value in module._parameters.items():
                     if id(value) in mine:
-                        module._parameters[key] = mine[id(value)]
+                        setattr(module, key, mine[id(value)])  # an LSTM keeps a list of its parameters besides
         self._remember()
         self.written()
 
@@ -300,13 +302,17 @@ class FlatCopies(nn.Module):
             RuntimeError: a trained parameter was replaced, sharded, moved out of the buffer or frozen in some copies only, or a
                 trainable one was added.
         """
-        if not self._unchanged():
-            self._diagnose()
+        self.settle()
         if self._half_frozen:
             raise RuntimeError(
                 f"parameter {self._half_frozen!r} is frozen in some copies and trained in others; freeze it in all (the "
                 "coupling moves it still) or in none"
             )
+
+    def settle(self) -> None:
+        """As `check`, for those who only read the buffers: copies may be frozen as they like."""
+        if not self._unchanged():
+            self._diagnose()
         if not self._in_place():
             where = list(map(_ADDRESS, self._flat))
             row, i = divmod(
@@ -320,6 +326,10 @@ class FlatCopies(nn.Module):
 
     def _diagnose(self) -> None:
         """Raises where a trained parameter was replaced or a trainable one added, and else notes what is there now."""
+        if len(self.copies) != len(self.trained):
+            raise RuntimeError(
+                f"copies must stay {len(self.trained)} modules, got {len(self.copies)}; make new Replicas"
+            )
         for row, net in enumerate(self.copies):
             there = {id(p) for p in net.parameters()}
             now = dict(net.named_parameters())
@@ -379,6 +389,8 @@ def check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> tuple[Te
     """Raises where a model's trainable parameters cannot lie in one buffer; returns one of them, and the compute_dtype where it
     is not theirs."""
     first = trainable(model)
+    if any(isinstance(module, FlatCopies) for module in model.modules()):
+        raise TypeError("model must not hold Replicas, whose parameters lie in a flat buffer already, got some")
     if not first:
         raise ValueError("model has no parameter that requires a gradient")
     for name, parameter in first.items():
@@ -396,6 +408,11 @@ def check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> tuple[Te
         got = compute_dtype if isinstance(compute_dtype, torch.dtype) else shown(compute_dtype)
         raise TypeError(f"compute_dtype must be bfloat16 or float16 beside float32, got {got} for {dtype}")
     return next(iter(first.values())), compute_dtype
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors lie in the same storage."""
+    return one.layout == torch.strided and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _dense(grad: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Owns the proposals' buffers and the settings; the copies are the Replicas', the 
 
 import copy
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import count
@@ -87,10 +88,10 @@ class CoupledOptimizer(FlatState):
         flag("skip_nonfinite", skip_nonfinite)
         flag("capturable", capturable)
         flag("unscale", unscale)
-        self.replicas = replicas
+        self._replicas = replicas
         self.skip_nonfinite = skip_nonfinite
         self.capturable = capturable
-        self.proposal = proposal
+        self._proposal = proposal
         self._step_supports_amp_scaling = unscale  # GradScaler hands over grad_scale and found_inf
         device = replicas.params.device
         self._bound = replicas.params  # others, once the Replicas have moved
@@ -114,6 +115,7 @@ class CoupledOptimizer(FlatState):
             del defaults["dampening"]
         self._coupling_class = type(coupling)
         super().__init__(self._split(groups), defaults)
+        self._grouped = self._params_of_groups()
         self._write_codes()
         # What the kernels read, a row for each group; see csrc/args.h.
         self.rules = torch.zeros(0, dtype=arithmetic(replicas.params.dtype))
@@ -146,6 +148,19 @@ class CoupledOptimizer(FlatState):
         self._make_buffers()
         if self.capturable:
             self.refresh()
+
+    @property
+    def L(self) -> float:
+        """The homotopy parameter of all groups (of the first, should they differ), where the coupling has one."""
+        if "L" not in self._coupling_class.__dataclass_fields__:
+            raise AttributeError(f"there is no L: the coupling is {self._coupling_class.__name__}")
+        return self.param_groups[0]["L"]
+
+    @L.setter
+    @_disable_dynamo
+    def L(self, value: float) -> None:
+        _ = self.L
+        self.coupling = replace(self.coupling, L=value)  # type: ignore[call-arg]
 
     @property
     def stats(self) -> StepStats:
@@ -197,6 +212,8 @@ class CoupledOptimizer(FlatState):
                 loss = closure()
         replicas = self.replicas
         replicas.check()
+        if self._params_of_groups() != self._grouped:
+            raise ValueError("params of param_groups must stay those of the constructor's groups, got others")
         grad_scale = as_scalar("grad_scale", getattr(self, "grad_scale", None), replicas.params)
         capturing = replicas.params.is_cuda and torch.cuda.is_current_stream_capturing()
         if not capturing:
@@ -253,6 +270,7 @@ class CoupledOptimizer(FlatState):
             if replicas.low is not None:
                 replicas.low.copy_(replicas.params)
         self._stats[0], self._stats[2:] = stats[:, 0].sum(), stats[0, 2:]
+        replicas.written()
         if not (found_inf.item() or replicas.processes):
             self._stats[1] = replicas.distance() ** 2
 
@@ -285,12 +303,19 @@ class CoupledOptimizer(FlatState):
                 found_inf.fill_(_any_nonfinite(replicas.grads))
         if not (together and replicas.processes and (looks or hasattr(self, "found_inf"))):
             return found_inf
-        same = float((0 if self._across is None else getattr(self._across, "digest", 0)) + self._steps & 0xFFFFFF)
+        seed = replicas.partition.seed
+        state = (
+            getattr(self._across, "digest", 0),
+            self._frozen,
+            int(seed) if seed is not None and seed.is_cpu else None,
+        )
+        same = float(zlib.crc32(repr(state).encode()) + self._steps & 0xFFFFFF)
         asked = torch.cat([found_inf.detach().float().reshape(1), found_inf.new_tensor([same, -same]).float()])
         replicas.processes.largest_(asked)
         if asked.is_cpu and asked[1] != -asked[2]:
             raise RuntimeError(
-                f"lr, L and all other settings must be the same in all processes, but at step {self._steps} they differ"
+                "lr, L and all other settings, what is frozen and the partition's seed must be the same in all processes, but "
+                f"at step {self._steps} they differ"
             )
         return asked[:1]
 
@@ -422,16 +447,32 @@ class CoupledOptimizer(FlatState):
 
     def _proposal_of(self, group: Mapping[str, Any], **changed: Any) -> Proposal:
         values = {**group, **changed}
-        own: dict[str, Any] = {f.name: values[f.name] for f in fields(self.proposal)}
+        own = _picked(values, self.proposal)
         if isinstance(own["lr"], Tensor):  # which may change in place
             own["lr"] = number("lr", own["lr"])
         if values.get("dampening"):
             raise ValueError(f"dampening must be 0 in param_groups, got {shown(values['dampening'])}")
         return type(self.proposal)(**own)
 
+    def _check_group(self, name: str, group: Mapping[str, Any]) -> None:
+        """Raises where settings that are not param_groups' yet are missing, outside their range, or of no use here."""
+        of = couplings.BY_NAME[group["coupling"]]
+        for key in (*settings_of(self.proposal), *(f.name for f in fields(of))):
+            if key not in group:
+                raise ValueError(f"{key} is missing in {name}: they are of another optimizer")
+        if "steps" in group:
+            number("steps", group["steps"])
+        self._proposal_of(group)
+        _check_coupling(of(**_picked(group, of)), self.replicas)
+
     def _coupling_of(self, group: Mapping[str, Any], **changed: Any) -> Coupling:
         values = {**group, **changed}
-        return self._coupling_class(**{f.name: values[f.name] for f in fields(self._coupling_class)})
+        name = self._coupling_class.__name__
+        if values.get("coupling", name) != name:
+            raise ValueError(
+                f"coupling of param_groups must stay {name!r}, got {shown(values['coupling'])}; assign .coupling instead"
+            )
+        return self._coupling_class(**_picked(values, self._coupling_class))
 
     def _group_settings(self, group: Mapping[str, Any]) -> list[Any]:
         return [
@@ -455,6 +496,10 @@ class CoupledOptimizer(FlatState):
         still = rows.clone()  # each group's row for what is frozen in it
         still[:, :NUMBERS] = torch.tensor([proposal.frozen_numbers(coupling.explicit) for proposal, coupling in made])
         return torch.cat([rows, still])
+
+    def _params_of_groups(self) -> list[list[int]]:
+        """Which parameters are in which group, by identity."""
+        return [list(map(id, group["params"])) for group in self.param_groups]
 
     def _write_codes(self) -> None:
         """Says for each tile which row of the rules it is given."""
@@ -602,15 +647,13 @@ class HomotopySGD(CoupledOptimizer):
             groups=groups, skip_nonfinite=skip_nonfinite, capturable=capturable, unscale=unscale,
         )  # fmt: skip
 
-    @property
-    def L(self) -> float:
-        """The homotopy parameter of all groups (of the first, should they differ)."""
-        return self.param_groups[0]["L"]
 
-    @L.setter
-    @_disable_dynamo
-    def L(self, value: float) -> None:
-        self.coupling = replace(self.coupling, L=value)  # type: ignore[call-arg]
+def _picked(values: Mapping[str, Any], of: Any) -> dict[str, Any]:
+    """The settings of a proposal or coupling among those of a group."""
+    for f in fields(of):
+        if f.name not in values:
+            raise ValueError(f"{f.name} is missing in param_groups")
+    return {f.name: values[f.name] for f in fields(of)}
 
 
 def _check_coupling(coupling: Coupling, replicas: Replicas) -> None:

@@ -3,7 +3,6 @@
 Owns the copies and nothing else: no optimizer, no schedule, no data. Imports flat.py, partition.py and starts.py.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from .flat import FlatCopies, check_model
 from .kernels.reference import MAX_COPIES
 from .layout import Layout
 from .partition import Partition
-from .starts import anchor_of, others, reinitialised
+from .starts import anchor_of, copied, others, reinitialised
 
 
 class Replicas(FlatCopies):
@@ -57,7 +56,7 @@ class Replicas(FlatCopies):
         communicate: "float32" or "bfloat16": what the processes send their sums in.
         factory: returns a fresh module like the model, for start="independent" and anchor="random". Without it a deep
             copy of the model is drawn anew by the `reset_parameters` of its modules, which may differ from what
-            the model's constructor does.
+            the model's constructor does; what is frozen stays as it is.
 
     Attributes:
         copies: the m modules, an nn.ModuleList; `theta` and `eta` are the first two. With a group, this process's.
@@ -116,9 +115,14 @@ class Replicas(FlatCopies):
                 processes.broadcast_(point)
         super().__init__(here, layout, compute_dtype, processes.rank if processes else 0)
         self.processes = processes
-        self.partition = partition
+        self._partition = partition
         self.register_buffer("anchor", point)
         self.register_load_state_dict_post_hook(_after_loading)
+
+    @property
+    def partition(self) -> Partition:
+        """Each element's label; for another one make new Replicas."""
+        return self._partition
 
     @property
     def count(self) -> int:
@@ -150,7 +154,7 @@ class Replicas(FlatCopies):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Replicas":
         super()._apply(fn, recurse)
-        self.partition = self.partition.to(self.params.device)
+        self._partition = self.partition.to(self.params.device)
         return self
 
     def describe(self) -> None:
@@ -167,9 +171,15 @@ class Replicas(FlatCopies):
         tuple with each copy's. All graphs are in memory at once; `backward` holds one.
         """
         outputs = [net(*args, **kwargs) for net in self.copies]
-        first = outputs[0]
-        if not (isinstance(first, Mapping) and isinstance(first.get("loss"), Tensor)):
+        first, have = outputs[0], [isinstance(o, Mapping) and isinstance(o.get("loss"), Tensor) for o in outputs]
+        if not any(have):
             return tuple(outputs)
+        for number, (output, has) in enumerate(zip(outputs, have, strict=True), self.first):
+            if not has or set(output) != set(first):
+                names = ", ".join(map(str, output)) if isinstance(output, Mapping) else shown(output)
+                raise ValueError(
+                    f"outputs must have a loss, and the same names, in all copies, got {names} in copy {number}"
+                )
         together = {name: tuple(output[name] for output in outputs) for name in first}
         return type(first)(**together | {"loss": torch.stack(together["loss"]).sum()})
 
@@ -180,7 +190,7 @@ class Replicas(FlatCopies):
             fn: fn(net) or fn(net, batch), the loss of one copy.
             batches: none; one, on which all copies are evaluated (the paper's one ξ); or one for each copy.
         """
-        losses = [fn(net, *args) for net, args in zip(self.copies, self._arguments(batches), strict=True)]
+        losses = [_one(fn(net, *args)) for net, args in zip(self.copies, self._arguments(batches), strict=True)]
         return torch.stack(losses).sum()
 
     @_disable_dynamo(recursive=False)  # a graph ends at backward() anyhow; the copies' passes are compiled
@@ -214,7 +224,7 @@ class Replicas(FlatCopies):
                 stream.wait_stream(main)  # before copy 0's work is queued: the others need not wait for it
         for net, args, stream in zip(self.copies, self._arguments(batches), streams, strict=True):
             with torch.cuda.stream(stream):  # None changes nothing
-                value = fn(net, *args)
+                value = _one(fn(net, *args))
                 scale(value).backward()
                 losses.append(value.detach())
         if main is not None:
@@ -241,7 +251,9 @@ class Replicas(FlatCopies):
     def get_extra_state(self) -> Tensor:
         """The partition's digest and the seed of its hashed labels."""
         seed = self.partition.seed
-        return torch.cat([self.partition.digest(), torch.zeros(1, dtype=torch.int64) if seed is None else seed.cpu()])
+        return torch.cat(
+            [self.partition.digest(), torch.zeros(1, dtype=torch.int64, device="cpu") if seed is None else seed.cpu()]
+        )
 
     def set_extra_state(self, state: Tensor) -> None:
         """The inverse of `get_extra_state`; `_load_from_state_dict` has checked the digest."""
@@ -290,6 +302,11 @@ class Replicas(FlatCopies):
             shapes = [tuple(getattr(of, "shape", ())) for of in (state_dict.get(name, value), value)]
             if shapes[0] != shapes[1]:
                 raise RuntimeError(f"{name!r} has shape {shapes[0]} in state_dict, but here {shapes[1]}")
+            entry = state_dict.get(name, value)
+            if entry.is_complex() > value.is_complex() or entry.is_meta:
+                raise RuntimeError(
+                    f"{name!r} must be real and in memory, got {entry.dtype} on {entry.device} in state_dict"
+                )
         extra = state_dict.get(prefix + "_extra_state")
         if extra is not None and int(extra[0]) != int(self.partition.digest()):
             raise RuntimeError(
@@ -301,6 +318,7 @@ class Replicas(FlatCopies):
 
     def distance(self) -> float:
         """√Σ_{i<j} ‖x_i − x_j‖²; for two copies ‖θ − η‖. With a group all processes must ask."""
+        self.settle()
         if self.processes:
             own = (self.params[0] - self.processes.mean(self.params[0])).double().square().sum()
             return float((self.processes.sum(own) * self.count) ** 0.5)
@@ -316,10 +334,8 @@ class Replicas(FlatCopies):
             loader: batches of inputs (or tuples that start with them) over which batch-norm statistics are estimated
                 anew, by torch.optim.swa_utils.update_bn; the mean of two networks has statistics of its own.
         """
-        if not self._unchanged():
-            self._diagnose()
-        self._take_low()
-        merged = copy.deepcopy(self.theta)
+        self.settle()
+        merged = copied(self.theta)
         mean = self.layout.views(self.mean(self.params))
         names = {id(p): name for name, p in self.theta.named_parameters()}  # pruning and the like rename parameters
         by_name = dict(merged.named_parameters())
@@ -344,6 +360,15 @@ class Replicas(FlatCopies):
         return [(batch,) for batch in batches] if len(batches) > 1 else [batches] * len(self)
 
 
+def _one(loss: Any) -> Tensor:
+    """What fn returned, if it is a loss."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"fn must return a loss, a tensor of one element, got {shown(loss)}")
+    if loss.numel() != 1:
+        raise ValueError(f"fn must return a loss, a tensor of one element, got shape {tuple(loss.shape)}")
+    return loss
+
+
 def _in_place_of(model: nn.Module, copy: nn.Module, start: Any) -> nn.Module:
     """This process's copy: its own model, with the values drawn for it, or the module that was passed for it."""
     if copy is model or not isinstance(start, str):
@@ -360,8 +385,8 @@ def _identity(model, partition, like, compute_dtype, anchor, start, communicate)
         "the version of hta_fused": __version__,
         "the version of torch": torch.__version__,
         "the model's class": type(model).__name__,
-        **{f"parameter {name!r}": (tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()},
-        **{f"buffer {name!r}": tuple(b.shape) for name, b in model.named_buffers()},
+        **{f"parameter {name!r}": (tuple(p.shape), p.dtype, p.requires_grad) for name, p in model.named_parameters()},
+        **{f"buffer {name!r}": (tuple(b.shape), b.dtype) for name, b in model.named_buffers()},
         "the parameters' dtype": like.dtype,
         "the partition": (partition.name, partition.blocks, int(partition.digest())),
         "the partition's seed": None if partition.seed is None else int(partition.seed),

@@ -65,18 +65,13 @@ class CouplingScheduler:
         for name, function in settings.items():
             if not callable(function):
                 raise TypeError(f"{name} must be a function of the epoch, got {shown(function)}")
-            if any("coupling" not in group or name not in group for group in groups):
-                coupling = next((group["coupling"] for group in groups if "coupling" in group), "none")
-                raise ValueError(f"{name} must be a setting of the optimizer's coupling, which is {coupling}")
         self.optimizer = optimizer
         self.settings = settings
-        self.epoch = 0
-        self._set()
+        self._go_to(0)
 
     def step(self) -> None:
         """Goes on to the next epoch."""
-        self.epoch += 1
-        self._set()
+        self._go_to(self.epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Which epoch it is; the functions are not saved."""
@@ -84,16 +79,24 @@ class CouplingScheduler:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`; sets that epoch's values."""
-        self.epoch = whole("epoch", state_dict["epoch"], 0, 2**63 - 1)
-        self._set()
+        self._go_to(whole("epoch", state_dict["epoch"], 0, 2**63 - 1))
 
     def get_last_value(self) -> dict[str, float]:
         """What is set now, by name."""
-        return {name: number(name, function(self.epoch)) for name, function in self.settings.items()}
+        return self._values(self.epoch)
 
-    def _set(self) -> None:
-        for group in self.optimizer.param_groups:
-            group.update(self.get_last_value())
+    def _values(self, epoch: int) -> dict[str, float]:
+        return {name: number(name, function(epoch)) for name, function in self.settings.items()}
+
+    def _go_to(self, epoch: int) -> None:
+        groups, values = self.optimizer.param_groups, self._values(epoch)
+        for name in values:  # the coupling may be another one by now
+            if any("coupling" not in group or name not in group for group in groups):
+                coupling = next((group["coupling"] for group in groups if "coupling" in group), "none")
+                raise ValueError(f"{name} must be a setting of the optimizer's coupling, which is {coupling}")
+        self.epoch = epoch
+        for group in groups:
+            group.update(values)
 
 
 def constant(L: float, epochs: int = 1) -> Schedule:

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .checks import shown
@@ -28,7 +29,7 @@ def others(model: nn.Module, count: int, start: str | Sequence[nn.Module], fresh
     if isinstance(start, str):
         if start not in ("copy", "independent"):
             raise ValueError(f"start must be 'copy', 'independent' or a list of modules, got {start!r}")
-        found = [copy.deepcopy(model) if start == "copy" else fresh() for _ in range(count)]
+        found = [copied(model) if start == "copy" else fresh() for _ in range(count)]
         name = "start" if start == "copy" else "factory's module"
         names = [name] * count
     elif isinstance(start, Sequence):
@@ -99,16 +100,23 @@ def anchor_of(
     return flat
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy, also of modules that keep what they computed last: the `weight` of pruning and of weight_norm."""
+    kept = (t for m in module.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf)
+    return copy.deepcopy(module, {id(t): t.detach().clone() for t in kept})
+
+
 def reinitialised(model: nn.Module) -> nn.Module:
-    """A deep copy whose parameters are drawn anew, by the model's own `reset_parameters` or by its submodules'.
+    """A deep copy whose trainable parameters are drawn anew, by the model's own `reset_parameters` or by its submodules'.
+    What is frozen stays as it is, and so do the buffers of modules all of whose parameters are.
 
     Raises:
         ValueError: a trainable parameter belongs to a module that cannot reset itself.
     """
-    fresh = copy.deepcopy(model)
+    fresh = copied(model)
     if callable(getattr(fresh, "reset_parameters", None)):
         fresh.reset_parameters()  # type: ignore[operator]
-        return fresh
+        return _keep_frozen(fresh, model)
     for name, module in fresh.named_modules():
         if callable(getattr(module, "reset_parameters", None)):
             module.reset_parameters()
@@ -117,4 +125,17 @@ def reinitialised(model: nn.Module) -> nn.Module:
                 f"module {name or 'model'!r} ({type(module).__name__}) holds parameters but has no reset_parameters(); "
                 "pass factory=, a function that returns a fresh model"
             )
+    return _keep_frozen(fresh, model)
+
+
+@torch.no_grad()
+def _keep_frozen(fresh: nn.Module, model: nn.Module) -> nn.Module:
+    """Gives a module drawn anew the model's frozen part back: a pretrained backbone, say."""
+    for new, old in zip(fresh.modules(), model.modules(), strict=True):
+        pairs = list(zip(new.parameters(recurse=False), old.parameters(recurse=False), strict=True))
+        frozen: list[tuple[Tensor, Tensor]] = [(ours, theirs) for ours, theirs in pairs if not theirs.requires_grad]
+        if pairs and len(frozen) == len(pairs):
+            frozen += zip(new.buffers(recurse=False), old.buffers(recurse=False), strict=True)
+        for ours, theirs in frozen:
+            ours.copy_(theirs)
     return fresh

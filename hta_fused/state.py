@@ -3,6 +3,7 @@
 Owns the buffers' meaning, and no arithmetic. Imports checks.py, couplings.py, proposals.py and replicas.py.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from itertools import chain
@@ -21,8 +22,8 @@ from .replicas import Replicas
 class FlatState(torch.optim.Optimizer):
     """What CoupledOptimizer is apart from stepping: buffers of [m, N], the `state` that shows them, and state_dicts."""
 
-    replicas: Replicas
-    proposal: Proposal
+    _replicas: Replicas
+    _proposal: Proposal
     _coupling_class: type[Coupling]
     _buffers: dict[str, Tensor]  # [m, N] each, by torch's names
     _idle: dict[str, Tensor]  # those of which there is no need at the moment
@@ -35,7 +36,20 @@ class FlatState(torch.optim.Optimizer):
     _plan_start: int
     _known: Any  # what the rules on the device were made from
 
+    @property
+    def replicas(self) -> Replicas:
+        """The copies, those it was made with."""
+        return self._replicas
+
+    @property
+    def proposal(self) -> Proposal:
+        """The proposal it was made with; param_groups say what its settings are now."""
+        return self._proposal
+
     def _make_buffers(self) -> None:
+        raise NotImplementedError
+
+    def _check_group(self, name: str, group: Mapping[str, Any]) -> None:
         raise NotImplementedError
 
     def _proposal_of(self, group: Mapping[str, Any], **changed: Any) -> Proposal:
@@ -59,16 +73,24 @@ class FlatState(torch.optim.Optimizer):
         """As torch.optim.Optimizer.load_state_dict; what it holds goes into the flat buffers.
 
         Raises:
-            ValueError: groups or a buffer's shape differ; nothing is changed then.
+            ValueError, TypeError: groups or a buffer's shape differ, or settings are missing or not in their range; nothing is
+                changed then.
         """
-        final = state_dict
+        final, kept = state_dict, [dict(group) for group in self.param_groups]
 
         def catch(optimizer: Any, loaded: dict[str, Any]) -> None:  # after the user's own hooks have had their say
             nonlocal final
-            final = loaded
-            self._check_entries("state_dict", self._by_parameter(loaded))
+            groups = [self._with_coupling(*both) for both in zip(loaded["param_groups"], kept, strict=False)]
+            if len({group["coupling"] for group in groups}) > 1:
+                raise ValueError("coupling must be the same in all of state_dict's param_groups, got several")
+            for group in groups:  # torch counts them
+                self._check_group("state_dict's param_groups", group)
+            self._check_entries("state_dict", self._by_parameter(loaded), groups[0]["coupling"] if groups else None)
+            final = {**loaded, "param_groups": groups + loaded["param_groups"][len(groups) :]}
 
         def take(optimizer: Any) -> None:
+            for group, wanted in zip(self.param_groups, final["param_groups"], strict=True):
+                group.update({name: value for name, value in wanted.items() if name not in group})
             self._take_state(final)
 
         hooks = [
@@ -104,7 +126,7 @@ class FlatState(torch.optim.Optimizer):
             for i in indices:
                 state[count] = {name: views[name][i].clone() for name in self._proposal_of(group).buffers}
                 if not isinstance(self.proposal, SGD):
-                    state[count]["step"] = torch.tensor(float(self.steps))
+                    state[count]["step"] = torch.tensor(float(self.steps), device="cpu")
                 count += 1
         return {"state": state, "param_groups": groups}
 
@@ -127,6 +149,12 @@ class FlatState(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, groups, strict=True):
             if saved.get("dampening") or saved.get("amsgrad"):
                 raise ValueError("state_dict has dampening or amsgrad set, which this optimizer does not have")
+            if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay"):
+                raise ValueError("state_dict has the weight_decay of torch.optim.Adam, not of AdamW: it must be 0")
+            lacks = [key for key in settings_of(self.proposal) if key not in saved and key != "maximize"]
+            if lacks:
+                raise ValueError(f"{lacks[0]} is missing in state_dict's param_groups: it is of another optimizer")
+            self._proposal_of({**group, **{k: v for k, v in saved.items() if k in settings_of(self.proposal)}})
             for i, key in zip(self._indices(group), saved["params"], strict=True):
                 entry = state_dict["state"].get(key, {})
                 steps |= {int(entry["step"])} if "step" in entry else set()
@@ -174,19 +202,39 @@ class FlatState(torch.optim.Optimizer):
         layout = self.replicas.layout
         if not isinstance(buffer, Tensor) or buffer.is_complex():
             raise TypeError(f"{what} must be a real tensor, got {shown(buffer)}")
+        if buffer.is_meta or buffer.layout != torch.strided:
+            raise TypeError(f"{what} must be a dense tensor in memory, got a {buffer.layout} one on {buffer.device}")
         if buffer.shape != layout.shapes[index]:
             raise ValueError(
                 f"{what} has shape {tuple(buffer.shape)}, but {layout.names[index]!r} has {tuple(layout.shapes[index])}"
             )
 
-    def _check_entries(self, name: str, entries: Mapping[Any, Mapping[str, Any]]) -> int | None:
-        """Refuses state that is not of the parameters' shapes, and returns what it says of AdamW's steps, if anything."""
-        steps = set()
+    def _with_coupling(self, group: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+        """A state_dict's group with what it lacks of its coupling: torch's own has none. That stays as it was, else is
+        the default."""
+        name = group.get("coupling", kept["coupling"])
+        if name not in couplings.BY_NAME:
+            raise ValueError(f"state_dict's coupling must be one of {', '.join(couplings.BY_NAME)}, got {shown(name)}")
+        of = couplings.BY_NAME[name]
+        settings = coupling_settings(of())
+        if name == kept["coupling"]:
+            settings = {key: kept.get(key, value) for key, value in settings.items()}
+        return {**settings, **group}
+
+    def _check_entries(
+        self, name: str, entries: Mapping[Any, Mapping[str, Any]], coupling: str | None = None
+    ) -> int | None:
+        """Refuses state that is not of the parameters' shapes, and returns what it says of AdamW's steps, if anything.
+        coupling: another one's name than that of now."""
+        more = couplings.BY_NAME[coupling].buffers if coupling else self._coupling_class.buffers
+        steps, layout = set(), self.replicas.layout
         for row, parameters in enumerate(self.replicas.trained):
             for i, parameter in enumerate(parameters):
                 entry = entries.get(parameter, {})
-                steps.add(int(number("step", entry["step"])) if "step" in entry else None)
-                for key in (*self.proposal.all_buffers, *self._coupling_class.buffers):
+                if not isinstance(entry, Mapping):
+                    raise TypeError(f"{name} of {layout.names[i]!r} must be a dict, got {shown(entry)}")
+                steps.add(_steps(f"{name}'s step", entry["step"]) if "step" in entry else None)
+                for key in (*self.proposal.all_buffers, *more):
                     if entry.get(key) is not None:
                         self._check_shape(f"{name}'s {key} of copy {row}", entry[key], i)
         if isinstance(self.proposal, SGD):
@@ -195,6 +243,7 @@ class FlatState(torch.optim.Optimizer):
             raise ValueError(f"{name}'s step must be the same for all parameters, got {', '.join(map(str, steps))}")
         return steps.pop()
 
+    @torch.no_grad()  # what others put there may require gradients
     def _take_entries(self, entries: Mapping[Any, Mapping[str, Any]]) -> None:
         """Copies what state holds for each parameter into the buffers: zero for what it lacks, for Parle's the copies."""
         ours = {id(tensor) for tensor in self._shown}
@@ -209,7 +258,11 @@ class FlatState(torch.optim.Optimizer):
                 for i, (parameter, view) in enumerate(zip(parameters, layout.views(buffer[row]), strict=True)):
                     value = entries.get(parameter, {}).get(name)
                     if value is None:
-                        value = replicas.masters[row][i] if name in self._coupling_class.buffers else torch.zeros(())
+                        value = (
+                            replicas.masters[row][i]
+                            if name in self._coupling_class.buffers
+                            else torch.zeros((), device="cpu")
+                        )
                     elif id(value) in ours:
                         if value.data_ptr() == view.data_ptr():
                             continue
@@ -220,11 +273,7 @@ class FlatState(torch.optim.Optimizer):
 
     def _take_state(self, state_dict: dict[str, Any]) -> None:
         """Brings what a state_dict holds (itself: torch has cast its copies to the parameters' dtype) into the buffers."""
-        name = self.param_groups[0].get("coupling", self._coupling_class.__name__)
-        self._coupling_class = couplings.BY_NAME[name]
-        for group in self.param_groups:
-            for key, value in coupling_settings(self._coupling_class()).items():
-                group.setdefault(key, value)
+        self._coupling_class = couplings.BY_NAME[self.param_groups[0]["coupling"]]
         clock = max((int(group.pop("steps")) for group in self.param_groups if "steps" in group), default=0)
         self._make_buffers()
         entries = self._by_parameter(state_dict)
@@ -253,7 +302,7 @@ class FlatState(torch.optim.Optimizer):
         elif not isinstance(self.proposal, SGD) and self._planned is None:
             step = self._step_tensor.item()
             if step != self._step_was:
-                self._set_steps(int(step))  # edited in place
+                self._set_steps(_steps("state's step", step))  # edited in place
 
     def _show_state(self) -> None:
         """Makes the views of the flat buffers the optimizer's state, in torch's own layout, beside what others keep there."""
@@ -275,6 +324,14 @@ class FlatState(torch.optim.Optimizer):
         """The layout's numbers of a group's parameters."""
         params: list[nn.Parameter] = group["params"]
         return [self._index_of[id(p)] for p in params[: len(params) // len(self.replicas)]]
+
+
+def _steps(name: str, value: Any) -> int:
+    """A number of steps, which torch keeps in a float."""
+    steps = number(name, value)
+    if not (0 <= steps < math.inf and steps == int(steps)):
+        raise ValueError(f"{name} must be a whole number, at least 0, got {steps}")
+    return int(steps)
 
 
 def settings_of(of: Proposal | Coupling) -> dict[str, Any]:

@@ -161,6 +161,10 @@ def differing(rank, size, what):
         net = Net()
         net.fc = nn.Linear(32, 16 + rank)
         return hta.Replicas(net, group=dist.group.WORLD)
+    if what == "buffer":
+        net = Net()
+        net.norm.running_var = net.norm.running_var.to(torch.float64 if rank else torch.float32)
+        return hta.Replicas(net, group=dist.group.WORLD)
     if what == "version":
         hta.__version__ = f"0.2.{rank}"
     if what in ("partition", "anchor", "start", "communicate", "compute_dtype"):
@@ -169,7 +173,7 @@ def differing(rank, size, what):
         return make(rank, size, **{what: other if rank else one})
     if what == "seed":
         return make(rank, size, partition=hta.Partition.hashed(seeded(), seed=rank))
-    replicas = make(rank, size)
+    replicas = make(rank, size, partition="hashed" if what == "seed, later" else "auto")
     proposal, coupling, groups = hta.SGD(0.1), hta.Homotopy(0.1), []
     if what == "proposal":
         proposal = hta.AdamW(0.1) if rank else proposal
@@ -185,12 +189,17 @@ def differing(rank, size, what):
     if what == "steps, later":
         optimizer.state_dict()
         optimizer._set_steps(rank)
+    if what == "seed, later":
+        replicas.partition.resample(rank)
+    if what == "frozen, later":
+        (replicas.theta.fc if rank else replicas.theta.conv).requires_grad_(False)
     optimizer.step()
 
 
 NAMES = {
     "model": "the model's class",
     "shape": "parameter 'fc.weight'",
+    "buffer": "buffer 'norm.running_var'",
     "version": "the version of hta_fused",
     "partition": "the partition",
     "seed": "the partition's seed",
@@ -200,6 +209,8 @@ NAMES = {
     "groups": "the parameters of param_groups",
     "L, later": "lr, L and all other settings",
     "steps, later": "lr, L and all other settings",
+    "seed, later": "the partition's seed",
+    "frozen, later": "what is frozen",
 } | {name: name for name in ("anchor", "start", "communicate", "compute_dtype")}
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 from torch import nn
+from torch.nn.utils import prune
 
 import hta_fused as hta
 from hta_fused.layout import trainable
@@ -585,3 +586,343 @@ def test_a_factory_draws_the_copies_and_the_anchor():
     assert all((v >= 1).all() for v in replicas.layout.views(replicas.anchor))
     with pytest.raises(ValueError, match="pass factory="):
         hta.Replicas(Small(), start="independent")  # its gain belongs to no module that resets it
+
+
+# ------------------------------------------------------------------------------------------------ what users' code does
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+def test_rebind_reaches_modules_that_keep_lists_of_their_parameters():
+    replicas = hta.Replicas(Recurrent())
+    holder = nn.ModuleList([replicas])
+    holder.load_state_dict(copy.deepcopy(holder.state_dict()), assign=True)  # rebinds
+    replicas.backward(lambda net: net(torch.randn(3, 4)).square().sum())
+    for net in replicas:
+        assert all(p.grad.any() for p in net.parameters())
+
+
+def test_gradients_with_a_graph_are_gradients():
+    optimizer = pair()
+    other = copy.deepcopy(optimizer)
+    for one in [batch() for _ in range(2)]:
+        for each in (optimizer, other):
+            each.zero_grad()
+            each.replicas.loss(loss, one).backward(create_graph=each is optimizer)
+            each.step()
+    assert not optimizer.replicas.grads.requires_grad
+    assert torch.equal(optimizer.replicas.params, other.replicas.params)
+
+
+def test_swapped_gradients_are_swapped():
+    replicas = hta.Replicas(Net())
+    replicas.backward(loss, batch())
+    one, two = replicas.theta.fc.weight, replicas.eta.fc.weight
+    one.grad.fill_(1)
+    turned = two.grad.t().clone()
+    one.grad, two.grad = two.grad.t(), one.grad
+    replicas.collect_grads()
+    assert torch.equal(one.grad, turned)
+    assert (two.grad == 1).all()
+
+
+MISPLACED = {
+    "moved": lambda net: net.double(),
+    "data": lambda net: setattr(net.fc.weight, "data", torch.zeros(32, 32)),
+    "replaced": lambda net: setattr(net, "fc", nn.Linear(32, 32)),
+    "another's": lambda net: hta.Replicas(net),
+}
+
+
+@pytest.mark.parametrize("how", MISPLACED)
+def test_what_no_longer_lies_in_the_buffer_is_not_read_from_there(how):
+    replicas = hta.Replicas(Net())
+    _ = MISPLACED[how](replicas.eta)
+    for read in (replicas.merge, replicas.distance, replicas.check):
+        with pytest.raises(RuntimeError, match="parameter '.*' of copy 1 .*rebind"):
+            read()
+
+
+def test_distance_reads_what_was_written_to_low_precision_parameters():
+    replicas = hta.Replicas(Net(), compute_dtype=torch.bfloat16)
+    for net in replicas:
+        net.gain.requires_grad_(net is replicas.eta)  # as frozen as one likes
+    with torch.no_grad():
+        replicas.eta.fc.weight += 1
+    assert replicas.distance() == pytest.approx(32, rel=1e-2)
+
+
+def test_copies_stay_as_many_and_apart():
+    for change in (lambda copies: copies.append(Net()), lambda copies: copies.pop(1)):
+        optimizer = pair()
+        change(optimizer.replicas.copies)
+        with pytest.raises(RuntimeError, match="copies must stay 2 modules, got [13]"):
+            optimizer.step()
+    with pytest.raises(TypeError, match="model must not hold Replicas"):
+        hta.Replicas(nn.Sequential(hta.Replicas(Net())))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_independent_copies_keep_what_is_frozen(own):
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.body, self.head = nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.head.bias.requires_grad_(False)
+            for frozen in (self.norm, self.body):
+                frozen.requires_grad_(False)
+            self.norm.running_mean += 3
+
+    if own:
+        Backbone.reset_parameters = lambda self: [m.reset_parameters() for m in self.children()]
+    replicas = hta.Replicas(Backbone(), start="independent")
+    names = [n for n, v in replicas.theta.state_dict().items() if not v.equal(replicas.eta.state_dict()[n])]
+    assert names == ["head.weight"]
+
+
+def test_state_that_requires_gradients_is_state():
+    optimizer = pair()
+    for p in optimizer.replicas.parameters():
+        optimizer.state[p]["momentum_buffer"] = torch.ones_like(p).requires_grad_()
+    train(optimizer, [batch() for _ in range(2)])
+    assert not optimizer._buffers["momentum_buffer"].requires_grad
+
+
+NO_STATE = {
+    "state of 'fc.weight' must be a dict, got 3": lambda state, p: state.__setitem__(p, 3),
+    "exp_avg of copy 0 must be a dense tensor in memory, got a torch.sparse_coo one": lambda state, p: state[p].update(
+        exp_avg=p.detach().to_sparse()
+    ),
+    "exp_avg of copy 0 must be a dense tensor in memory, got a torch.strided one on meta": lambda state, p: state[
+        p
+    ].update(exp_avg=p.detach().to("meta")),
+    "state's step must be a whole number, at least 0, got -1.0": lambda state, p: state[p]["step"].fill_(-1),
+    "state's step must be a whole number, at least 0, got 2.5": lambda state, p: [
+        entry.update(step=2.5) for entry in state.values()
+    ],
+    "state's step must be a whole number, at least 0, got nan": lambda state, p: [
+        entry.update(step=math.nan) for entry in state.values()
+    ],
+}
+
+
+@pytest.mark.parametrize("message", NO_STATE)
+def test_what_is_no_state_is_named_before_anything_is_written(message):
+    optimizer = pair(proposal="AdamW")
+    train(optimizer, [batch()])
+    before = [t.clone() for t in (optimizer.replicas.params, *optimizer._buffers.values())]
+    NO_STATE[message](optimizer.state, optimizer.replicas.theta.fc.weight)
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step()
+    after = [optimizer.replicas.params, *optimizer._buffers.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+GROUP_EDITS = {
+    "lr is missing in param_groups": lambda groups: groups[0].pop("lr"),
+    "L is missing in param_groups": lambda groups: groups[1].pop("L"),
+    "coupling of param_groups must stay 'Homotopy', got 'EMA'; assign .coupling": lambda groups: groups[1].update(
+        coupling="EMA"
+    ),
+    "params of param_groups must stay those of the constructor's groups": lambda groups: groups[1]["params"].pop(),
+    "params of param_groups must stay those": lambda groups: groups.append({**groups[0]}),
+    "params of param_groups must": lambda groups: groups.pop(),
+    "params of": lambda groups: groups[1]["params"].append(groups[0]["params"].pop()),
+}
+
+
+@pytest.mark.parametrize("message", GROUP_EDITS)
+def test_what_was_done_to_param_groups_counts_or_is_named(message):
+    optimizer = hta.CoupledOptimizer(
+        hta.Replicas(Net()), PROPOSALS["SGD"], COUPLINGS[0], groups=[{"params": ["fc.bias"], "lr": 0.0}]
+    )
+    train(optimizer, [batch()])
+    before = optimizer.replicas.params.clone()
+    GROUP_EDITS[message](optimizer.param_groups)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(optimizer.replicas.params, before)
+
+
+def test_attributes_that_no_step_would_read_cannot_be_set():
+    optimizer = pair()
+    for holder, name in ((optimizer, "proposal"), (optimizer, "replicas"), (optimizer.replicas, "partition")):
+        with pytest.raises(AttributeError, match=name):
+            setattr(holder, name, getattr(pair() if holder is optimizer else pair().replicas, name))
+
+
+def test_L_can_be_set_where_there_is_one():
+    optimizer = pair(proposal="AdamW")
+    optimizer.L = 0.5
+    assert optimizer.coupling == hta.Homotopy(0.5)
+    optimizer.coupling = hta.EMA()
+    with pytest.raises(AttributeError, match="there is no L: the coupling is EMA"):
+        optimizer.L = 0.5
+    assert not hasattr(optimizer, "L")
+
+
+def everything(optimizer):
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return groups, [b.clone() for b in optimizer._buffers.values()], optimizer.steps, optimizer.coupling
+
+
+STATES = {
+    "lr is missing": lambda state: state["param_groups"][0].pop("lr"),
+    "coupling must be one of .*, got 'Nope'": lambda state: state["param_groups"][0].update(coupling="Nope"),
+    "L must be a number, got 'x'": lambda state: state["param_groups"][0].update(L="x"),
+    "steps must be a number, got 'x'": lambda state: state["param_groups"][0].update(steps="x"),
+    "coupling EMA moves the anchor": lambda state: [group.update(coupling="EMA") for group in state["param_groups"]],
+    "coupling must be the same in all": lambda state: state["param_groups"][1].update(coupling="EMA"),
+    "point of copy 0 has shape": lambda state: (
+        [group.update(coupling="Parle") for group in state["param_groups"]],
+        state["state"][0].update(point=torch.ones(3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", STATES)
+def test_a_state_dict_that_does_not_fit_changes_nothing(message):
+    replicas = hta.Replicas(Net(), anchor="zero")
+    optimizer = hta.CoupledOptimizer(replicas, PROPOSALS["SGD"], COUPLINGS[0], groups=[{"params": ["fc.bias"]}])
+    train(optimizer, [batch()])
+    state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0]["momentum_buffer"] += 5
+    STATES[message](state)
+    before = everything(optimizer)
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.load_state_dict(state)
+    assert str(everything(optimizer)) == str(before)
+    train(optimizer, [batch()])
+
+
+@pytest.mark.parametrize("of", PROPOSALS)
+def test_another_proposals_state_dict_is_refused(of):
+    optimizer, other = (pair(proposal=name) for name in (of, *(PROPOSALS.keys() - {of})))
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match="is missing in state_dict's param_groups"):
+        optimizer.load_state_dict(other.state_dict())
+    assert str(everything(optimizer)) == str(before)
+
+
+def test_torchs_state_dict_leaves_the_coupling_as_it_is():
+    optimizer = pair(coupling=hta.Homotopy(0.3, every=2))
+    train(optimizer, [batch()])
+    plain = torch.optim.SGD(optimizer.param_groups[0]["params"], lr=0.2, momentum=0.5)
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.coupling == hta.Homotopy(0.3, every=2)
+    assert optimizer.param_groups[0]["lr"] == 0.2
+
+
+OTHERS = {
+    "SGD": {"betas is missing": torch.optim.SGD, "betas is": torch.optim.RMSprop,
+            "weight_decay of torch.optim.Adam": lambda p: torch.optim.Adam(p, weight_decay=0.1)},
+    "AdamW": {"momentum is missing": torch.optim.AdamW, "nesterov is missing": torch.optim.RMSprop},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("of", "message"), [(of, message) for of in OTHERS for message in OTHERS[of]])
+def test_the_state_of_another_of_torchs_optimizers_is_refused(of, message):
+    optimizer = pair(proposal=next(name for name in PROPOSALS if name != of))
+    train(optimizer, [batch()])
+    other = OTHERS[of][message](trainable(Net()).values())
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_torch_state_dict(0, other.state_dict())
+    bad = optimizer.torch_state_dict(0)
+    bad["param_groups"][0]["lr"] = "x"
+    with pytest.raises(TypeError, match="lr must be a number, got 'x'"):
+        optimizer.load_torch_state_dict(0, bad)
+    assert str(everything(optimizer)) == str(before)
+
+
+class Says(nn.Module):
+    """Returns what it was told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return {k: self.fc(x).sum() if k == "loss" else v for k, v in self.says.items()}
+
+
+def test_copies_whose_outputs_differ_are_named():
+    whole, none, other = {"loss": 1, "y": 2}, {"loss": 1}, {"y": 2}
+    for one, two, number in ((whole, none, 1), (whole, other, 1), (other, whole, 0), (none, whole, 1)):
+        replicas = hta.Replicas(Says(), partition={})
+        replicas.theta.says, replicas.eta.says = one, two
+        with pytest.raises(ValueError, match=f"outputs must have a loss.* got .* in copy {number}"):
+            replicas(torch.ones(1))
+
+
+def test_what_is_no_loss_is_named():
+    replicas = hta.Replicas(Net())
+    for call in (replicas.loss, replicas.backward):
+        for value, kind in ((None, "None"), ({"loss": 1}, "a dict"), (1.5, "1.5"), (torch.ones(3), r"shape \(3,\)")):
+            with pytest.raises((TypeError, ValueError), match=f"fn must return a loss, .*, got {kind}"):
+                call(lambda net, value=value: value)
+
+
+def test_replicas_state_that_is_no_real_tensor_changes_nothing():
+    replicas = hta.Replicas(Net())
+    for value in (torch.ones(32, dtype=torch.complex64), torch.ones(32, device="meta")):
+        state = {k: v + 1 for k, v in replicas.state_dict().items() if k != "_extra_state"} | {
+            "copies.1.fc.bias": value
+        }
+        before = replicas.params.clone()
+        with pytest.raises(RuntimeError, match="'copies.1.fc.bias' must be real and in memory"):
+            replicas.load_state_dict(state, strict=False)
+        assert torch.equal(replicas.params, before)
+
+
+def test_a_scheduler_of_what_the_coupling_no_longer_has_says_so():
+    optimizer = pair()
+    scheduler = hta.CouplingScheduler(optimizer, L=lambda epoch: "none" if epoch == 2 else 1.0)
+    scheduler.step()
+    with pytest.raises(TypeError, match="L must be a number"):
+        scheduler.step()
+    assert scheduler.epoch == 1
+    optimizer.coupling = hta.EMA()
+    scheduler.settings["L"] = lambda epoch: 1.0
+    with pytest.raises(ValueError, match="L must be a setting of the optimizer's coupling, which is EMA"):
+        scheduler.step()
+
+
+def test_state_does_not_depend_on_the_default_device():
+    """A user's torch.set_default_device("cuda"); "meta" stands in for it here."""
+    optimizer, other = pair(proposal="AdamW"), pair(proposal="AdamW")
+    torch.set_default_device("meta")
+    try:
+        other.replicas.load_state_dict(optimizer.replicas.state_dict())
+        other.load_state_dict(optimizer.state_dict())
+        other.state.clear()
+        other.step()
+        copy.deepcopy(other).step()
+        other.load_torch_state_dict(0, optimizer.torch_state_dict("mean"))
+        other.coupling = hta.Parle(every=1)
+        other.step()
+        assert all(t.device.type == "cpu" for t in (other.replicas.merge().fc.weight, other.replicas.double().params))
+        pickle.loads(pickle.dumps(other)).step()
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("how", [nn.utils.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)])
+def test_pruned_and_normalised_modules_are_copied_and_merged_after_a_pass(how):
+    model = nn.Sequential(nn.Linear(4, 4))
+    how(model[0])
+    x = torch.randn(3, 4)
+    model(x)
+    replicas = hta.Replicas(model, partition={})
+    optimizer = hta.HomotopySGD(replicas, 0.1, L=0.0)
+    replicas.backward(lambda net: net(x).square().sum())
+    optimizer.step()
+    assert torch.allclose(replicas.merge()(x), replicas.theta(x))
