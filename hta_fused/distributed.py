@@ -41,6 +41,8 @@ class Processes:
             if group.ndim != 1:
                 raise ValueError(f"group must be a DeviceMesh of one dimension, got {group.ndim}: mesh['copy'], say")
             group = group.get_group()
+        if group is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group must be one that this process is in, got one that it is not in")
         if not isinstance(group, torch.distributed.ProcessGroup):
             raise TypeError(f"group must be a process group or a DeviceMesh, got {shown(group)}")
         if communicate not in _WIRE:

@@ -118,7 +118,7 @@ class FlatCopies(nn.Module):
             else:
                 views_of_others.append(view)
                 # Another parameter's view, say, would be written before it is read.
-                others.append(grad.clone() if _share(grad, view) else _dense(grad))
+                others.append(grad.clone() if _lies_in(grad, self.grads) else _dense(grad))
             if parameter.dtype == view.dtype:
                 parameter.grad = view
         if others:
@@ -200,6 +200,11 @@ class FlatCopies(nn.Module):
         if not self._in_place():
             self._bind(moved, masters)
         return self
+
+    def __copy__(self) -> "FlatCopies":
+        raise TypeError(
+            "Replicas cannot be copied without their parameters, which lie in one buffer only: use copy.deepcopy"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         self._take_low()
@@ -410,9 +415,10 @@ def check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> tuple[Te
     return next(iter(first.values())), compute_dtype
 
 
-def _share(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors lie in the same storage."""
-    return one.layout == torch.strided and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+def _lies_in(grad: Tensor, buffer: Tensor) -> bool:
+    """Whether a gradient lies in the memory of a buffer."""
+    start = buffer.untyped_storage().data_ptr()
+    return grad.layout == torch.strided and start <= grad.data_ptr() < start + buffer.untyped_storage().nbytes()
 
 
 def _dense(grad: Tensor) -> Tensor:

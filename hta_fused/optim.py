@@ -421,6 +421,7 @@ class CoupledOptimizer(FlatState):
             self._buffers[name] = kept[name] if name in kept else replicas.params.clone()
         self._idle |= {k: v for k, v in kept.items() if k in self.proposal.all_buffers}  # momentum of 0 for a while
         self._explicit, self._moves_anchor = kind
+        self._anchor = replicas.anchor
         shape = len(self.param_groups) * (2 if self._frozen else 1), NUMBERS + (self._coupled() + 1) ** 2 * RULE
         if self.rules.shape != shape:
             self.rules = torch.zeros(shape, dtype=arithmetic(replicas.params.dtype), device=replicas.params.device)
@@ -478,7 +479,7 @@ class CoupledOptimizer(FlatState):
         return [
             number(k, v) if isinstance(v, Tensor) else v
             for k, v in group.items()
-            if k not in ("params", "steps", "initial_lr")
+            if k not in ("params", "steps", "initial_lr") and (not isinstance(v, Tensor) or k in self.defaults)
         ]
 
     def _moves_with_steps(self) -> bool:
@@ -525,8 +526,11 @@ class CoupledOptimizer(FlatState):
         }
 
     def _follow(self) -> None:
-        """Moves what is here to where the Replicas are now, and notices what was frozen."""
+        """Moves what is here to where the Replicas are now, and notices what was frozen, and another anchor."""
         replicas = self.replicas
+        if replicas.anchor is not self._anchor:
+            replicas.check_anchor()
+            self._make_buffers()
         if replicas.params is not self._bound:
             self._bound = replicas.params
             device, dtype = replicas.params.device, arithmetic(replicas.params.dtype)

@@ -46,8 +46,9 @@ class Replicas(FlatCopies):
         start: "copy" (all start equal), "independent" (a fresh initialisation for each but copy 0), or the other copies
             themselves, a list of copies − 1 modules.
         compute_dtype: torch.bfloat16 or torch.float16: the modules' parameters are copies in this dtype of float32
-            masters, brought up to date by the optimizer's step, so that autocast has nothing left to cast. Those of
-            normalisation layers stay float32. All gradients are kept in this dtype. The masters are what
+            masters, brought up to date by the optimizer's step, so that autocast has nothing left to cast. What others
+            write to them counts, but for writes through `.data`, which leave no trace. Those of normalisation layers
+            stay float32. All gradients are kept in this dtype. The masters are what
             `state_dict`, `merge` and the optimizer work with.
         group: a process group, or a DeviceMesh of one dimension: each process of it holds one copy, on its own device;
             rank 0 holds copy 0. All processes must make their Replicas together, of models and with arguments that
@@ -151,6 +152,18 @@ class Replicas(FlatCopies):
             f"Replicas({len(self)} copies of {type(self.theta).__name__}, {self.layout.numel:,} elements of "
             f"{self.params.dtype} on {self.params.device}, {self.partition.blocks} blocks, anchor {anchor})"
         )
+
+    def check_anchor(self) -> None:
+        """Raises ValueError where an anchor that was assigned is not like a copy."""
+        anchor, like = self.anchor, self.params[0]
+        if anchor is not None:
+            kinds = [(tuple(t.shape), t.dtype, t.device, t.is_contiguous()) for t in (anchor, like)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(
+                    "anchor must be a contiguous tensor of shape {}, {} on {}, got {}, {} on {}".format(
+                        *kinds[1][:3], *kinds[0][:3]
+                    )
+                )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Replicas":
         super()._apply(fn, recurse)
@@ -327,7 +340,7 @@ class Replicas(FlatCopies):
 
     @torch.no_grad()
     def merge(self, loader: Iterable[Any] | None = None) -> nn.Module:
-        """A new module with the copies' mean, floating-point buffers too. At L = 0 the copies are equal. With a group all
+        """A new module with the copies' mean, floating-point buffers and frozen parameters too. At L = 0 the copies are equal. With a group all
         processes must ask, and each gets it.
 
         Args:
@@ -341,6 +354,12 @@ class Replicas(FlatCopies):
         by_name = dict(merged.named_parameters())
         for parameter, view in zip((by_name[names[id(p)]] for p in self.trained[0]), mean, strict=True):
             parameter.data = view.clone()
+        trained = set(map(id, self.trained[0]))
+        for parameter, *frozen in zip(merged.parameters(), *(net.parameters() for net in self.copies), strict=True):
+            if id(frozen[0]) in trained or not parameter.is_floating_point():
+                continue
+            if not all(torch.equal(frozen[0], other) for other in frozen[1:]):
+                parameter.copy_(torch.stack(frozen).mean(0))
         for buffer, *same in zip(merged.buffers(), *(net.buffers() for net in self.copies), strict=True):
             if buffer.is_floating_point():
                 buffer.copy_(self.mean(torch.stack(same)))

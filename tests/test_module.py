@@ -926,3 +926,39 @@ def test_pruned_and_normalised_modules_are_copied_and_merged_after_a_pass(how):
     replicas.backward(lambda net: net(x).square().sum())
     optimizer.step()
     assert torch.allclose(replicas.merge()(x), replicas.theta(x))
+
+
+def test_an_assigned_anchor_counts_or_is_named():
+    optimizer = pair(coupling=hta.EMA(0.5))
+    train(optimizer, [batch()])
+    optimizer.replicas.anchor = anchor = torch.zeros_like(optimizer.replicas.anchor)
+    version = anchor._version
+    train(optimizer, [batch()])
+    assert anchor.any()
+    assert anchor._version > version
+    for wrong in (anchor[:-1].clone(), anchor.double()):
+        optimizer.replicas.anchor = wrong
+        steps = optimizer.steps
+        with pytest.raises(ValueError, match="anchor must be a contiguous tensor of shape"):
+            optimizer.step()
+        assert optimizer.steps == steps
+
+
+def test_settings_of_others_in_param_groups_are_left_alone():
+    optimizer = pair()
+    optimizer.param_groups[0]["mine"] = torch.ones(3)
+    train(optimizer, [batch()])
+    assert torch.equal(optimizer.param_groups[0]["mine"], torch.ones(3))
+
+
+def test_a_shallow_copy_is_refused():
+    with pytest.raises(TypeError, match="use copy.deepcopy"):
+        copy.copy(hta.Replicas(Net()))
+
+
+def test_merge_takes_the_mean_of_frozen_parameters_that_differ():
+    replicas = hta.Replicas(Net(), start=[Net()])
+    merged = replicas.merge()
+    theta, eta = (net.frozen.weight for net in replicas)
+    assert torch.allclose(merged.frozen.weight, (theta + eta) / 2)
+    assert not merged.frozen.weight.requires_grad
