@@ -1,8 +1,9 @@
 """One copy for each process: ours beside DDP, local SGD, DiLoCo and processes that share nothing; and a model of both.
 
-All ways train in the same processes on the same batches, taking turns step by step, each after a barrier. A round is a
-period of steps; the slowest process's time counts. Each is first checked to leave what it leaves when one process holds all copies, and to hand to
-all-reduce the bytes that are claimed. Where every process finds a GPU of its own they talk over NCCL, elsewhere gloo.
+All ways train in the same processes on the same batches, taking turns step by step, in random order, each after a
+barrier. A round is a period of steps; the slowest process's time counts. Each way is first checked to leave what it
+leaves when one process holds all copies, and to hand to all-reduce the bytes that are claimed. Where every process finds
+a GPU of its own they talk over NCCL, elsewhere over gloo.
 
 The model: N elements, m workers, a network of B bytes/s and a latency of t for each hop, a memory of M bytes/s, n calls
 of all-reduce (a ring) in which b bytes are sent:
@@ -22,6 +23,8 @@ step that sends waits for the slowest worker, which is measured here and nothing
 """
 
 import os
+import random
+import signal
 import statistics
 import tempfile
 import time
@@ -336,7 +339,7 @@ def measured(task: Task, rounds: int, claims: bool = True) -> dict[str, Any]:
         "processes": task.processes,
         "elements": seen[0]["elements"],
         "times": rows,
-        "ratios": {name: settled(steps[name] / steps[OURS]) for name in rows},
+        "ratios": {name: over(steps[name], steps[OURS]) for name in rows},
         "sent": per_step,
         "sent_epoch": {name: sent * epoch for name, sent in per_step.items()},
         "modelled": {name: here.step(name, task.processes, task.period) for name in rows},
@@ -346,16 +349,23 @@ def measured(task: Task, rounds: int, claims: bool = True) -> dict[str, Any]:
         result["waiting"] = {
             name: statistics.mean(float(of["jobs"][name]["waiting"]) for of in seen) for name in per_step
         }
+        works = {name: torch.stack([of["works"][name] for of in seen]) for name in rows}
+        result["cpu"] = {name: settled(values.mean(0, keepdim=True))[0] for name, values in works.items()}
     worst = max((abs(result["model_error"][name]), name) for name in WAYS)
     result["notes"] = [
         f"all-reduce: {1e6 * here.latency:.0f} µs a hop, {here.network / 1e9:.2f} GB/s ({here.network_bf16 / 1e9:.2f} as "
         f"bfloat16); a copy through memory: {here.memory / 1e9:.1f} GB/s; waiting for the slowest: {1e3 * straggling:.2f} ms",
         f"the model's largest error: {100 * worst[0]:.1f} % ({worst[1]})",
+        f"the machine's load, these processes among it: {os.getloadavg()[0]:.1f}",
     ]
     bounds = [(OURS, DDP, 1.05), (OURS_BF16, DDP, 1.05), (OURS_EVERY, INDEPENDENT, 1.02)]
     for mine, rival, bound in bounds if claims else ():
-        ratio, spread = settled(steps[mine] / steps[rival])
+        ratio, spread = over(steps[mine], steps[rival])
         what = f"{mine}, over {rival} (± {spread:.3f})"
+        if "cpu" in result:
+            result["notes"].append(
+                f"CPU time of {mine}, over {rival}: {result['cpu'][mine] / result['cpu'][rival]:.3f}"
+            )
         result.setdefault("claims", []).append(measure.claim(what, ratio, bound, "at most"))
     return result
 
@@ -367,7 +377,15 @@ def settled(values: Tensor) -> tuple[float, float]:
     return float(values.quantile(0.5, 1).mean(1).max()), (high - low) / 2
 
 
+def over(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """The median, and the spread, of single rounds' ratios of the slowest process's times."""
+    ratios = ours.mean(2).amax(0) / theirs.mean(2).amax(0)
+    low, middle, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=ratios.dtype)).tolist()
+    return middle, (high - low) / 2
+
+
 def _process(rank: int, folder: str, task: Task, rounds: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which comes when the parent dies; shells ignore it in the background
     torch.set_num_threads(task.threads)
     gpu = torch.cuda.is_available() and torch.cuda.device_count() >= task.processes
     device = torch.device("cuda", rank) if gpu else torch.device("cpu")
@@ -405,21 +423,22 @@ def _timed(task: Task, rank: int, device: torch.device, rounds: int) -> dict[str
         COPY: lambda _: other.copy_(large),
     }
     times = {name: torch.zeros(rounds, task.period, dtype=torch.float64) for name in runs}
-    waits = {name: torch.zeros(rounds, task.period, dtype=torch.float64) for name in runs}
+    waits, works = deepcopy(times), deepcopy(times)  # of which waiting; the CPU time of all threads
+    order = random.Random(0)  # the same in all processes
     with Wire() as wire:
         for number in range(-1, rounds):  # the first warms up
             for i in range(task.period):
-                names = list(runs)
-                turn = i % len(names)
-                for name in (*names[turn:], *names[:turn]):  # step by step: machines change their speed within a second
+                # Step by step, as machines change their speed within a second; in any order, as who waited last runs first.
+                for name in order.sample(list(runs), len(runs)):
                     dist.barrier()
                     wire.clear()
-                    begin = time.perf_counter()
+                    begin, worked = time.perf_counter(), time.process_time()
                     runs[name](batches[i % len(batches)])
                     if device.type == "cuda":
                         torch.cuda.synchronize()
                     if number >= 0:
                         times[name][number, i], waits[name][number, i] = time.perf_counter() - begin, wire.waited
+                        works[name][number, i] = time.process_time() - worked
     of_jobs = {}
     for name, job in jobs.items():
         waiting = settled(waits[name][None])[0] / settled(times[name][None])[0]
@@ -430,6 +449,7 @@ def _timed(task: Task, rank: int, device: torch.device, rounds: int) -> dict[str
         of_jobs[name] = {"sends": job.sends, "waiting": waiting}
     return {
         "times": times,
+        "works": works,
         "jobs": of_jobs,
         "elements": elements,
         "gpu": device.type == "cuda",

@@ -633,6 +633,7 @@ def show(result: dict[str, Any]) -> str:
             "images_per_second": ("images/s per copy", lambda v: f"{v:.0f}"),
             "sent": ("MB sent a step", lambda v: f"{v / 1e6:.3f}"),
             "sent_epoch": ("an epoch", lambda v: f"{v / 1e6:.1f}"),
+            "cpu": ("CPU, ms", lambda v: f"{1e3 * v:.4g}"),
             "waiting": ("waiting", lambda v: f"{100 * v:.1f} %"),
             "modelled": ("model, ms", lambda v: f"{1e3 * v:.4g}"),
             "model_error": ("its error", lambda v: f"{100 * v:+.1f} %"),
