@@ -103,26 +103,23 @@ def distributed(results: list[dict[str, Any]], path: Path, caption: str) -> None
     from matplotlib import pyplot as plt
 
     seen, curves = [r for r in results if "processes" in r], [r for r in results if "net" in r]
-    columns = max(1, len(seen)) * 3  # a grid that both rows fit
-    rows = 1 + -(-len(curves) // 3)
-    figure = plt.figure(figsize=(15, 4.4 * rows), layout="constrained")
-    grid = figure.add_gridspec(rows, columns)
-    for i, result in enumerate(seen):
-        axis = figure.add_subplot(grid[0, 3 * i : 3 * i + 3])
+    rows = -(-len(curves) // 3)
+    figure = plt.figure(figsize=(15, 4.4 * (1 + rows)), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1, rows])
+    above, below = parts
+    for axis, result in zip(above.subplots(1, len(seen), sharey=True, squeeze=False)[0], seen, strict=True):
         names = [name for name in result["times"] if name in result["sent"]]
         milliseconds = [1e3 * result["times"][name][0] for name in names]
-        _bars(axis, names, milliseconds, {n for n in names if n.startswith("ours")}, "%.1f")
+        _bars(axis, names, milliseconds, {n for n in names if n.startswith("ours")}, "%.1f", inside=True)
         axis.plot([1e3 * result["modelled"][name] for name in names], names, "k|", markersize=16, label="the model")
         axis.set_title(result["title"].replace(": ", "\n"), fontsize=9)
         axis.set_xlabel("ms a step, the slowest process")
         axis.legend(loc="lower right", frameon=True, fontsize=8)
-    width = columns // 3
-    for i, result in enumerate(curves):
-        column = i % 3 * width
-        axis = figure.add_subplot(grid[1 + i // 3, column : column + width])
+    above.axes[0].set_ylim(len(names) - 0.5, -0.5)  # shared, and so turned round once for each
+    for axis, result in zip(below.subplots(rows, 3, squeeze=False).flat, curves, strict=True):
         _curves(axis, result)
         axis.set_title(f"The model: {result['net']}, {result['workers']} workers", fontsize=9)
-        axis.set(xlabel="Gbit/s", ylabel="ms a step" if not column else None)
+        axis.set(xlabel="Gbit/s", ylabel="ms a step")
     _save(figure, path, caption)
 
 
