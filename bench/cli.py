@@ -19,6 +19,7 @@ from hta_fused.files import save_atomically, write_json, write_text
 from hta_fused.kernels.reference import MAX_COPIES
 from hta_fused.terminal import Parser, threads, whole_number
 
+from . import distributed as processes
 from . import measure, plots, rivals, workloads
 
 Result = dict[str, Any]
@@ -90,6 +91,13 @@ def train(options: argparse.Namespace) -> Iterator[Result]:
             yield measure.training(name, precision, options.rounds)
 
 
+def distributed(options: argparse.Namespace) -> Iterator[Result]:
+    small: Result = dict(width=0.0625, batch=8, period=3) if options.quick else {}
+    for m in options.processes or ([2] if options.quick else [2, 4]):
+        yield processes.measured(processes.Task(m, options.threads or 1, **small), options.rounds, not options.quick)
+    yield from processes.modelled()
+
+
 def report(folder: Path) -> str:
     """One Markdown page of all results in a folder; draws their pictures anew."""
     pages = []
@@ -118,6 +126,8 @@ def draw(what: str, results: list[Result], path: Path, caption: str) -> None:
             plots.scaling(results, partial, caption)
         elif what == "ops":
             plots.roofline(results[0], partial, caption)
+        elif what == "distributed":
+            plots.distributed(results, partial, caption)
         else:
             plots.ratios(results, partial, caption)
 
@@ -130,6 +140,7 @@ WHAT: dict[str, tuple[Callable[[argparse.Namespace], Iterator[Result]], str]] = 
     "ops": (ops, "one flat buffer: the roofline, anchors, sizes, the penalty"),
     "scaling": (scaling, "time against size, number of tensors, threads"),
     "train": (train, "a training step of HTA, of SGD, and of the usual script"),
+    "distributed": (distributed, "one copy for each process, beside DDP, local SGD and DiLoCo"),
 }
 DESCRIPTION = """\
 Measures, prints a table, and writes a JSON and a picture.
@@ -141,6 +152,7 @@ EXAMPLES = """\
 examples:
   hta-bench step --quick
   hta-bench copies --copies 2 4 --proposals SGD --out runs/bench
+  hta-bench distributed --processes 2 --out runs/bench
   hta-bench report runs/bench"""
 
 
@@ -159,15 +171,25 @@ def parser() -> Parser:
             )
             _add_names(command, "--proposals", list(rivals.PROPOSALS))
             command.add_argument("--against", type=Path, metavar="CHECKOUT", help="built, of another version")
+        several = name == "distributed"
+        if several:
+            command.add_argument(
+                "--processes", nargs="+", type=whole_number(2, MAX_COPIES), metavar="M", help="[2 4; --quick: 2]"
+            )
         command.add_argument(
-            "--rounds", type=whole_number(2), metavar="ROUNDS", help="interleaved [30; 5 with --quick]"
+            "--rounds", type=whole_number(2), metavar="ROUNDS", help=f"interleaved [{_rounds(name)}; 5 with --quick]"
         )
-        command.add_argument("--threads", type=threads, metavar="THREADS", default=0, help="0: torch's choice [0]")
+        choice = "of each process [1]" if several else "0: torch's choice [0]"
+        command.add_argument("--threads", type=threads, metavar="THREADS", default=0, help=choice)
         command.add_argument("--quick", action="store_true", help="tiny sizes: that everything runs")
         command.add_argument("--out", type=Path, metavar="FOLDER", help="for the JSON and the picture")
     joiner = commands.add_parser("report", help="join a folder's JSONs into one Markdown page")
     joiner.add_argument("dir", type=Path, metavar="FOLDER", help="that the other commands wrote to")
     return result
+
+
+def _rounds(what: str) -> int:
+    return 10 if what == "distributed" else 30  # of a period of steps each
 
 
 def _add_names(command: Parser, flag: str, names: list[str]) -> None:
@@ -195,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.out:
             terminal.need("matplotlib")
             terminal.check_folder("--out", options.out)
-        options.rounds = options.rounds or (5 if options.quick else 30)
+        options.rounds = options.rounds or (5 if options.quick else _rounds(options.what))
         if options.threads:
             torch.set_num_threads(options.threads)
         machine = measure.machine()

@@ -250,11 +250,11 @@ def _elements(n: int) -> str:
     return f"{n / 1e6:.1f} million elements" if n >= 1_000_000 else f"{n:,} elements"
 
 
-def agree(name: str, theirs: list[Tensor], ours: list[Tensor]) -> None:
+def agree(name: str, theirs: list[Tensor], ours: list[Tensor], tolerance: float = 2e-5) -> None:
     """Raises unless a rival left what we left."""
     for a, b in zip(theirs, ours, strict=True):
         error = float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) if b.numel() else 0.0
-        if not error < 2e-5:
+        if not error < tolerance:
             raise AssertionError(f"{name} and hta_fused disagree by {error:.2g}")
 
 
@@ -616,7 +616,7 @@ def penalty(elements: int, rounds: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------- tables
 
 
-AXES = ("sizes", "counts", "threads", "copies")
+AXES = ("sizes", "counts", "threads", "copies", "Gbit/s")
 
 
 def show(result: dict[str, Any]) -> str:
@@ -631,6 +631,12 @@ def show(result: dict[str, Any]) -> str:
             "memory": ("extra memory, MB", lambda v: f"{v / 1e6:.1f}"),
             "calls": ("calls", str),
             "images_per_second": ("images/s per copy", lambda v: f"{v:.0f}"),
+            "sent": ("MB sent a step", lambda v: f"{v / 1e6:.3f}"),
+            "sent_epoch": ("an epoch", lambda v: f"{v / 1e6:.1f}"),
+            "cpu": ("CPU, ms", lambda v: f"{1e3 * v:.4g}"),
+            "waiting": ("waiting", lambda v: f"{100 * v:.1f} %"),
+            "modelled": ("model, ms", lambda v: f"{1e3 * v:.4g}"),
+            "model_error": ("its error", lambda v: f"{100 * v:+.1f} %"),
         }
         columns = {key: column for key, column in columns.items() if key in result}
         lines.append("| | ms | × ours | " + "".join(f"{head} | " for head, _ in columns.values()))
@@ -639,6 +645,8 @@ def show(result: dict[str, Any]) -> str:
             ratio = (
                 "1"
                 if name == result["base"]
+                else "{:.3f} ± {:.3f}".format(*result["ratios"][name])  # within rounds
+                if "ratios" in result
                 else "tie"
                 if tie(times, name, result["base"])
                 else f"{seconds / base:.2f}"
@@ -657,6 +665,7 @@ def show(result: dict[str, Any]) -> str:
     claims = result.get("claims", [])
     lines += [
         "",
+        *(f"- {note}" for note in result.get("notes", [])),
         *(f"- {c['what']}: {c['value']:.3g} (wanted: {c['wanted']}{'' if c['met'] else '; NOT MET'})" for c in claims),
     ]
     if result.get("beaten_by"):

@@ -93,3 +93,55 @@ def scaling(results: list[dict[str, Any]], path: Path, caption: str) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     _save(figure, path, caption)
+
+
+def distributed(results: list[dict[str, Any]], path: Path, caption: str) -> None:
+    """Above, step times as measured, with the model's beside them; below, the model's against the network's bandwidth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    seen, curves = [r for r in results if "processes" in r], [r for r in results if "net" in r]
+    rows = -(-len(curves) // 3)
+    figure = plt.figure(figsize=(15, 4.4 * (1 + rows)), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1, rows])
+    above, below = parts
+    for axis, result in zip(above.subplots(1, len(seen), sharey=True, squeeze=False)[0], seen, strict=True):
+        names = [name for name in result["times"] if name in result["sent"]]
+        milliseconds = [1e3 * result["times"][name][0] for name in names]
+        _bars(axis, names, milliseconds, {n for n in names if n.startswith("ours")}, "%.1f", inside=True)
+        axis.plot([1e3 * result["modelled"][name] for name in names], names, "k|", markersize=16, label="the model")
+        axis.set_title(result["title"].replace(": ", "\n"), fontsize=9)
+        axis.set_xlabel("ms a step, the slowest process")
+        axis.legend(loc="lower right", frameon=True, fontsize=8)
+    above.axes[0].set_ylim(len(names) - 0.5, -0.5)  # shared, and so turned round once for each
+    for axis, result in zip(below.subplots(rows, 3, squeeze=False).flat, curves, strict=True):
+        _curves(axis, result)
+        axis.set_title(f"The model: {result['net']}, {result['workers']} workers", fontsize=9)
+        axis.set(xlabel="Gbit/s", ylabel="ms a step")
+    _save(figure, path, caption)
+
+
+def _curves(axis, result: dict[str, Any]) -> None:
+    """Step times over bandwidths, each named where it begins; names that would meet are moved apart."""
+    x = result["Gbit/s"]
+    lines = {name: [1e3 * v for v in values] for name, values in result.items()
+             if isinstance(values, list) and name != "Gbit/s"}  # fmt: skip
+    axis.set(xscale="log", yscale="log")
+    low, high = min(map(min, lines.values())) * 0.8, max(map(max, lines.values())) * 1.25
+    gap = (high / low) ** 0.062  # a label's height
+    place = 0.0
+    for name, y in sorted(lines.items(), key=lambda line: line[1][0]):
+        color = OUR_COLOR if name.startswith("ours") else "black" if name == "DDP" else THEIR_COLOR
+        style = "--" if "bf16" in name else "-"
+        axis.plot(x, y, style, color=color, linewidth=1.2 if "k = 64" in name else 2)
+        place = max(y[0], place * gap)
+        axis.annotate(name, (x[0], y[0]), xytext=(x[0] / 1.25, place), textcoords="data", color=color,
+                      ha="right", va="center", fontsize=8)  # fmt: skip
+    axis.set_xlim(x[0] / 18, x[-1])
+    axis.set_ylim(low, max(high, place * gap))
+    axis.set_xticks([1, 10, 100, 400], ["1", "10", "100", "400"])
+    axis.minorticks_off()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.3)

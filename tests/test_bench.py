@@ -1,20 +1,22 @@
 """The benchmarks in their quick mode, so that they never rot, and the arithmetic they rest on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run
 
 import hta_fused as hta
 
 try:
-    from hta_fused_bench import cli, gpu, measure, rivals, workloads
+    from hta_fused_bench import cli, distributed, gpu, measure, rivals, workloads
 except ImportError:  # a checkout that was not installed, as `make gpu` has it
-    from bench import cli, gpu, measure, rivals, workloads
+    from bench import cli, distributed, gpu, measure, rivals, workloads
 
 
-@pytest.mark.parametrize("what", ["ops", "step", "scaling", "train", "copies"])
+@pytest.mark.parametrize("what", ["ops", "step", "scaling", "train", "copies", "distributed"])
 def test_quick_mode_leaves_a_table_a_json_and_a_picture(tmp_path, capsys, what):
     cli.main([what, "--quick", "--rounds", "2", "--out", str(tmp_path)])
     assert "| ---" in capsys.readouterr().out
@@ -38,6 +40,37 @@ def test_a_wrong_rival_is_caught(monkeypatch):
     monkeypatch.setitem(rivals.COUPLED, "wrong", wrong)
     with pytest.raises(AssertionError, match="wrong and hta_fused disagree"):
         measure.contenders(lambda: workloads.flat(5000), names=["wrong"])
+
+
+def complaints(rank, size):
+    def sends_nothing(net, period):
+        return replace(distributed.independent(net, period), sends=distributed.size_of(net) / period)
+
+    wrong = {distributed.LOCAL: sends_nothing, distributed.OURS: distributed.independent}
+    errors = []
+    for name, way in wrong.items():
+        distributed.WAYS[name] = way
+        with pytest.raises(AssertionError) as caught:
+            distributed.check(distributed.Task(size), rank, torch.device("cpu"), [name])
+        errors.append(str(caught.value))
+    return errors
+
+
+def test_a_wrong_rival_among_processes_is_caught():
+    for count, leaves in run(complaints, 2):
+        assert "sent 0 bytes in 3 steps, not" in count
+        assert f"{distributed.OURS} and hta_fused disagree" in leaves
+
+
+def test_the_model_of_a_network_has_its_limits_right():
+    fast = distributed.Machine(1e9, 0.3, 1e12, 1e30, 1e30, 0.0)
+    slow = replace(fast, network=1e6, network_bf16=1e6)
+    assert fast.step(distributed.DDP, 8, 1) == pytest.approx(0.3 + 28e9 / 1e12)
+    assert fast.step(distributed.OURS, 8, 1) == pytest.approx(0.3 + 44e9 / 1e12)
+    for name, bytes_ in ((distributed.DDP, 4e9), (distributed.OURS, 4e9), (distributed.OURS_BF16, 2e9)):
+        assert slow.step(name, 8, 1) == pytest.approx(2 * 7 / 8 * bytes_ / 1e6, rel=1e-3)
+    assert slow.step(distributed.OURS_EVERY, 8, 64) == pytest.approx(slow.step(distributed.OURS, 8, 1) / 64, rel=0.01)
+    assert slow.step(distributed.INDEPENDENT, 8, 1) == fast.step(distributed.INDEPENDENT, 8, 1)
 
 
 @pytest.mark.parametrize("labels", ["structural", "random"])
@@ -79,9 +112,11 @@ def test_a_line_fits_a_line():
         (["copies", "--against", "/nowhere"], "/nowhere"),
         (["report", "/nowhere"], "/nowhere holds no results"),
         (["ops", "--threads", "9999"], "--threads must be at most "),
+        (["distributed", "--processes", "1"], "--processes must be from 2 to 32, got 1"),
+        (["distributed", "--processes", "two"], "--processes must be a whole number, got 'two'"),
         (["ops", "--round", "3"], "unknown flag --round: did you mean --rounds?"),
         (["ops", "--out", __file__], f"--out {__file__} is a file, not a folder"),
-        (["opps"], "WHAT must be one of step, copies, ops, scaling, train, report, got 'opps'"),
+        (["opps"], "WHAT must be one of step, copies, ops, scaling, train, distributed, report, got 'opps'"),
     ],
 )
 def test_nonsense_is_answered_in_a_line(argv, message, capsys, monkeypatch):
