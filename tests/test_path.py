@@ -155,6 +155,17 @@ def test_a_corrector_that_fails_ends_the_path():
     assert "did not converge" in result.message
 
 
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_chow_is_equation_33_as_printed(seed, n):
+    """Its sum written out, with (34): y_i = 1 + (x_i − 1)/4, k = 10, A = 1."""
+    x, k, A = np.random.default_rng(seed).uniform(-10, 10, n), 10, 1
+    y = [1 + (x_i - 1) / 4 for x_i in x]
+    total = k * math.sin(math.pi * y[0]) ** 2 + (y[n - 1] - A) ** 2
+    for i in range(n - 1):
+        total += (y[i] - A) ** 2 * (1 + k * math.sin(math.pi * y[i + 1]) ** 2)
+    assert float(problems.chow(torch.as_tensor(x))) == pytest.approx(math.pi / n * total, rel=1e-12)
+
+
 @pytest.mark.parametrize("name", ["chow", "ackley", "rastrigin", "griewank"])
 @pytest.mark.parametrize("n", [2, 7])
 def test_the_problems_are_0_at_their_minimisers_and_above_elsewhere(name, n):
