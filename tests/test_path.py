@@ -10,7 +10,8 @@ import torch
 
 import hta_fused as hta
 from hta_fused import path, problems
-from hta_fused.paper.table1 import LINEAR, starts
+from hta_fused.paper.table1 import LINEAR, SENTENCE, starts
+from hta_fused.path.corrector import Corrector, along, conjugate_gradients
 
 LS = [math.inf, *np.geomspace(1e3, 1e-6, 19).tolist(), 0.0]
 
@@ -44,9 +45,10 @@ def test_the_exact_minimiser_is_where_the_function_as_written_is_stationary(seed
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("predictor", [None, "secant"])
 @pytest.mark.parametrize("copies", [2, 3, 4])
-@pytest.mark.parametrize("method", ["BFGS", "L-BFGS-B"])
+@pytest.mark.parametrize(
+    ("method", "predictor"), [*itertools.product(path.METHODS, (None, "secant")), ("BFGS", "tangent")]
+)
 def test_a_quadratics_path_is_its_linear_solve(seed, method, copies, predictor, adaptive):
     A, b, anchor, f = quadratic(6, seed)
     options = dict(copies=copies, predictor=predictor, adaptive=adaptive, tolerance=1e-9)
@@ -124,11 +126,13 @@ def test_many_paths_are_over_twenty_times_as_fast():
     assert single > 20 * batched, f"{single / batched:.1f}"
 
 
-def test_a_jump_is_reported():
+@pytest.mark.parametrize("predictor", [None, "tangent"])
+def test_a_jump_is_reported(predictor):
     """From (5, 0) the path's minimum of equation (33) vanishes near L = 0.38, whatever the steps."""
     where = []
     for count in (60, 150):
-        result = path.track(problems.chow, [5.0, 0.0], [math.inf, *np.geomspace(10, 0.01, count).tolist(), 0.0])
+        Ls = [math.inf, *np.geomspace(10, 0.01, count).tolist(), 0.0]
+        result = path.track(problems.chow, [5.0, 0.0], Ls, predictor=predictor)
         assert not result.success
         assert f"the path jumped at L = {result.jumps[0]:.6g}" in result.message
         at = [point.L for point in result.per_L].index(result.jumps[0])
@@ -147,6 +151,79 @@ def test_adaptive_steps_are_fewer_on_an_easy_path_and_reach_the_same_end():
     assert len(few.per_L) < len(every.per_L) / 2
     assert few.evaluations < every.evaluations
     assert np.abs(few.x - every.x).max() < 1e-6
+
+
+# --------------------------------------------------------------------------------------------------------- the tangent
+
+
+def test_the_tangent_of_a_quadratics_path_is_that_of_the_linear_solves(seed):
+    A, b, anchor, f = quadratic(5, seed)
+    terms = path.QuadraticTerms.of(5, anchor, None, 3)
+    for L in (20.0, 1.0, 0.05):
+        corrector = Corrector(f, terms, torch.zeros(1, 5, dtype=torch.float64), 1e-9)
+        x = torch.as_tensor(path.exact_minimiser(A, b, terms, L))[None]
+        slope = corrector.tangent(x, L)[0].numpy()
+        ends = [path.exact_minimiser(A, b, terms, L * (1 + e)) for e in (1e-4, -1e-4)]
+        wanted = (ends[0] - ends[1]) / (along(L * (1 + 1e-4)) - along(L * (1 - 1e-4)))
+        assert np.abs(slope - wanted).max() < 1e-5 * np.abs(wanted).max()
+        assert int(corrector.evaluations) % (3 * 2) == 0  # a product is two a copy
+        assert 3 * 2 <= int(corrector.evaluations) <= 3 * 2 * 20  # for 15 unknowns
+
+
+def test_conjugate_gradients_solve_and_learn(seed):
+    """d products leave the solution, and the inverse itself in the preconditioner; a saddle's system is left alone."""
+    d = 6
+    root = torch.randn(3, d, d, dtype=torch.float64)
+    A = root @ root.mT + torch.eye(d)
+    A[2] *= -1
+    right, unit = torch.randn(3, d, dtype=torch.float64), torch.eye(d, dtype=torch.float64).expand(3, d, d)
+    u, inverse = conjugate_gradients(lambda p, rows: (A[rows] @ p[..., None])[..., 0], right, unit, 1e-14)
+    assert torch.allclose((A @ u[..., None])[:2, :, 0], right[:2], atol=1e-9)
+    assert torch.allclose(inverse[:2] @ A[:2], unit[:2], atol=1e-6)
+    assert (u[2] == 0).all()
+    assert (inverse[2] == unit[2]).all()
+
+
+@pytest.mark.parametrize("L", [math.inf, 5.0, 0.7])
+@pytest.mark.parametrize("name", ["quadratic", "chow"])
+def test_the_tangent_predicts_to_second_order(seed, name, L):
+    """Half the step leaves a quarter of the error: 2 to within 0.1, over three halvings."""
+    f = problems.chow if name == "chow" else quadratic(4, seed)[3]
+    terms = path.QuadraticTerms.of(4, 0.0, None, 2)
+    corrector = Corrector(f, terms, torch.zeros(1, 4, dtype=torch.float64), 1e-11)
+    x, _ = corrector(torch.ones(1, 2, 4, dtype=torch.float64), L)
+    steps = [0.004 / 2**k for k in range(4)]
+    errors = []
+    for step in steps:
+        t = along(L) - step
+        ahead = t / (1 - t)
+        there, _ = corrector(x, ahead)
+        errors.append(float((corrector.predict(x, L, ahead, 1e-10) - there).norm()))
+    order = np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert order == pytest.approx(2, abs=0.1)
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-8])
+def test_the_tangent_saves_steps_and_evaluations(tolerance):
+    """On the paper's own path, and from Table 1's starts; products are counted, and the ends are the same."""
+    plain, steered = (
+        path.track(problems.chow, [5.0, 4.0, 5.0, 5.0], SENTENCE, predictor=predictor, tolerance=tolerance)
+        for predictor in (None, "tangent")
+    )
+    assert steered.success
+    assert steered.steps < 0.6 * plain.steps
+    assert steered.evaluations < 0.75 * plain.evaluations
+    assert np.abs(steered.x - plain.x).max() < 30 * tolerance
+    for result in (plain, steered):
+        assert result.steps == sum(point.steps for point in result.per_L)
+    points = starts(6, 32)
+    plain, steered = (
+        path.track_many(problems.chow, points, LINEAR, predictor=predictor) for predictor in (None, "tangent")
+    )
+    assert steered.success.all()
+    assert steered.steps.double().mean() < 0.5 * plain.steps.double().mean()
+    assert steered.evaluations.double().mean() < 0.75 * plain.evaluations.double().mean()
+    assert torch.allclose(steered.x, plain.x, atol=1e-5)
 
 
 def test_a_corrector_that_fails_ends_the_path():
@@ -207,7 +284,9 @@ GOOD = dict(f=problems.chow, x0=np.zeros(2), Ls=[1.0, 0.0])
         (dict(anchor=np.zeros(3)), "anchor must be a finite number or 2 of them"),
         (dict(anchor=math.nan), "anchor must be a finite number"),
         (dict(method="Newton"), "method must be one of BFGS, L-BFGS-B, got 'Newton'"),
-        (dict(predictor="tangent"), "predictor must be None or 'secant'"),
+        (dict(predictor="cubic"), "predictor must be one of None, 'secant', 'tangent', got 'cubic'"),
+        (dict(predictor="tangent", method="L-BFGS-B"), "predictor 'tangent' needs method 'BFGS'"),
+        (dict(predictor="tangent", f=(np.sum, np.ones_like)), "predictor 'tangent' needs f as a function of a tensor"),
         (dict(copies=1), "copies must be from 2"),
         (dict(blocks=[0, 5]), "blocks must hold a number from 0 to 1"),
     ],
@@ -224,6 +303,7 @@ def test_bad_input_to_many_is_named():
         (dict(anchor=torch.zeros(4, 2)), r"anchor must have shape \[n\] or \[5, 2\]"),
         (dict(Ls=[]), "Ls must hold"),
         (dict(f=lambda x: x), "f must return a scalar tensor"),
+        (dict(predictor="secant"), "predictor must be None or 'tangent', got 'secant'"),
     ):
         with pytest.raises(ValueError, match=message):
             path.track_many(**{**dict(f=problems.chow, x0=torch.zeros(5, 2), Ls=[1.0]), **changed})

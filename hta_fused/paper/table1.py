@@ -18,6 +18,7 @@ HIT = 1e-8  # a minimum below it counts as the global one, which is 0
 # Starting points per axis: the paper's for n = 2, 4 and 6. It names n = 8 as well, without a grid or figures.
 GRIDS = {2: range(6), 4: range(6), 6: range(3, 7), 8: range(4, 6)}
 LINEAR = (math.inf, *(10 - 0.5 * i for i in range(20)), 0.0)
+SENTENCE = (*(round(0.9 - 0.1 * i, 1) for i in range(9)), 0.0)  # the paper's 0.9 to 0.1, then f itself
 SCHEDULES = {
     "linear 10, 9.5, … 0.5": LINEAR,
     "geometric 100 … 0.01": (math.inf, *np.geomspace(100, 0.01, 13).tolist(), 0.0),
