@@ -226,6 +226,82 @@ def test_the_tangent_saves_steps_and_evaluations(tolerance):
     assert torch.allclose(steered.x, plain.x, atol=1e-5)
 
 
+# ---------------------------------------------------------------------------------------------------------- the arclength
+
+
+def folding(x):
+    """Of x₁ a quartic with g' = 3, −4 and g'' = 3, −2 at 1, 2; of x₂ a parabola.
+
+    With the anchor 0, θ₁ = 1 and η₁ = 2 are stationary at L = 1/2, since g'(1) + 2L + 2(1 − 2)/L = 0 and
+    g'(2) + 2(2 − 1)/L = 0; and the Hessian's determinant (3 + 2L + 2/L)(−2 + 2/L) − 4/L² is 0 there: a fold.
+    """
+    t = x[0] - 1
+    return 3 * t + 1.5 * t**2 - 25 / 3 * t**3 + 15 / 4 * t**4 + 0.5 * x[1] ** 2
+
+
+@pytest.mark.parametrize("top", [2.0, 0.7])
+def test_a_known_fold_is_found_and_gone_through(top):
+    result = path.track(folding, [[1.0, 0.0], [2.0, 0.0]], [top, 0.1, 0.0], continuation="arclength")
+    (fold,) = result.folds
+    assert abs(fold.L - 0.5) < 1e-9
+    assert np.abs(fold.x - np.array([[1.0, 0.0], [2.0, 0.0]])).max() < 1e-6
+    turn = min(range(len(result.per_L)), key=lambda i: result.per_L[i].L)
+    falls = [b.L < a.L for a, b in itertools.pairwise(result.per_L)]
+    assert falls == sorted(falls, reverse=True)  # down to the fold, and up from it
+    minima = [point.minimum for point in result.per_L]
+    assert minima[:turn] == [True] * turn
+    assert minima[turn + 1 :] == [False] * (len(minima) - turn - 1)
+    assert not result.success
+    assert (
+        "through a fold at L = 0.5, and not to L = 0.1: the curve came back; what is there is no min" in result.message
+    )
+    terms = path.QuadraticTerms.of(2, 0.0, None, 2)
+    for point in result.per_L:
+        _, pull = terms.at(point.L).value_and_gradient(point.x)
+        gradient = torch.func.vmap(torch.func.grad(folding))(torch.as_tensor(point.x)).numpy()
+        assert np.abs(gradient + pull).max() < 1e-6
+    assert result.evaluations >= sum(point.evaluations for point in result.per_L)
+
+
+def test_the_path_that_jumps_ends_in_a_fold():
+    """Figure 1's start (5, 0): η's minimum meets a saddle at L = 0.3927, between the values of L where `track` jumps."""
+    Ls = [math.inf, *np.geomspace(10, 0.05, 40).tolist(), 0.0]
+    natural = path.track(problems.chow, [5.0, 0.0], Ls)
+    result = path.track(problems.chow, [5.0, 0.0], Ls, continuation="arclength")
+    (fold,) = result.folds
+    before = max(i for i, L in enumerate(Ls) if natural.jumps[0] < L)
+    assert natural.jumps[0] < fold.L < natural.per_L[before].L
+    assert abs(fold.L - 0.392691) < 1e-6
+    assert math.isinf(result.per_L[0].L)
+    assert result.per_L[0].minimum
+    assert not result.per_L[-1].minimum
+
+    def H(x, L):
+        pull = x[0, 0] ** 2 + x[1, 1] ** 2  # the anchor is 0
+        return problems.chow(x[0]) + problems.chow(x[1]) + L * pull + (x[0] - x[1]).square().sum() / L
+
+    x = torch.as_tensor(fold.x)
+    assert float(torch.func.grad(H)(x, fold.L).abs().max()) < 1e-9
+    eigenvalues = torch.linalg.eigvalsh(torch.func.hessian(H)(x, fold.L).reshape(4, 4))
+    assert abs(float(eigenvalues[0])) < 1e-8 < 1 < float(eigenvalues[1])
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_a_path_without_a_fold_is_followed_by_arclength_too(seed, copies):
+    A, b, anchor, f = quadratic(5, seed)
+    Ls = [math.inf, 30.0, 0.01, 0.0]
+    result = path.track(f, np.zeros(5), Ls, anchor, copies=copies, continuation="arclength")
+    assert result.success, result.message
+    assert result.message == "followed to L = 0"
+    assert not result.folds
+    assert all(point.minimum for point in result.per_L)
+    terms = path.QuadraticTerms.of(5, anchor, None, copies)
+    for point in result.per_L[1:-1]:
+        assert np.abs(point.x - path.exact_minimiser(A, b, terms, point.L)).max() < 1e-7
+    assert result.per_L[-2].L == 0.01
+    assert np.abs(result.x - np.linalg.solve(A, b)).max() < 1e-6
+
+
 def test_a_corrector_that_fails_ends_the_path():
     result = path.track(lambda x: -x.square().sum(), np.ones(2), [1.0, 0.1, 0.0])  # unbounded below
     assert not result.success
@@ -287,6 +363,10 @@ GOOD = dict(f=problems.chow, x0=np.zeros(2), Ls=[1.0, 0.0])
         (dict(predictor="cubic"), "predictor must be one of None, 'secant', 'tangent', got 'cubic'"),
         (dict(predictor="tangent", method="L-BFGS-B"), "predictor 'tangent' needs method 'BFGS'"),
         (dict(predictor="tangent", f=(np.sum, np.ones_like)), "predictor 'tangent' needs f as a function of a tensor"),
+        (dict(continuation="arc"), "continuation must be one of natural, arclength, got 'arc'"),
+        (dict(continuation="arclength", adaptive=True), "predictor must be None and adaptive False, got None and True"),
+        (dict(continuation="arclength"), "Ls must hold two finite values above 0 for continuation 'arclength'"),
+        (dict(continuation="arclength", Ls=[1, 0.1], f=(np.sum, np.ones_like)), "'arclength' needs f as a function of"),
         (dict(copies=1), "copies must be from 2"),
         (dict(blocks=[0, 5]), "blocks must hold a number from 0 to 1"),
     ],

@@ -3,19 +3,21 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .arclength import Curve, Fold
 from .corrector import Corrector
 from .homotopy import QuadraticTerms, check_Ls
 from .objective import Objective
 
 METHODS = ("BFGS", "L-BFGS-B")
 PREDICTORS = (None, "secant", "tangent")
+CONTINUATIONS = ("natural", "arclength")
 SUSPICIOUS = 5.0  # a move so many times the median of those before it may be a jump, and is looked into
 _FINEST = 1 / 64  # of the distance between two given values of L, in adaptive steps
 
@@ -33,6 +35,7 @@ class PathPoint:
         steps: corrector steps (quasi-Newton iterations) taken to this point.
         converged: the corrector reached a stationary point.
         jumped: the copies moved much further than before: the path ended there, or another was met.
+        minimum: the smallest eigenvalue of H's Hessian is positive; looked at by arclength continuation alone.
     """
 
     L: float
@@ -42,6 +45,7 @@ class PathPoint:
     steps: int
     converged: bool
     jumped: bool
+    minimum: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class PathResult:
         per_L: every point, in order.
         evaluations, steps: as in PathPoint, in all: those of points given up and of looks into jumps too.
         success: the path was followed to the last L without a jump.
-        message: why it stopped, or where it jumped.
+        message: why it stopped, or where it jumped or turned.
+        folds: where L turned, by arclength continuation.
     """
 
     x: np.ndarray
@@ -63,6 +68,7 @@ class PathResult:
     steps: int
     success: bool
     message: str
+    folds: list[Fold] = field(default_factory=list)
 
     @property
     def jumps(self) -> list[float]:
@@ -80,6 +86,7 @@ def track(
     copies: int = 2,
     blocks: Any = None,
     predictor: str | None = None,
+    continuation: str = "natural",
     adaptive: bool = False,
     tolerance: float = 1e-8,
     curvature: float = 1.0,
@@ -97,6 +104,10 @@ def track(
         predictor: "secant" starts each corrector from the line through the last two points (in log L); "tangent" from
             the path's tangent (corrector.py), and with the inverse Hessian of the last one. It needs BFGS, and f of
             operations that torch.func can differentiate twice and batch.
+        continuation: "natural" corrects at one L after the other, and jumps where the minimum ends in a fold.
+            "arclength" goes through the fold, where L turns (arclength.py): from the first finite L to the last above
+            0, in steps of its own, by Newton's method with dense Hessians; ∞ before and 0 after it are natural. It
+            takes a curve back to the first L for its end: the minimum does not lead to the last.
         adaptive: choose the steps between the first and the last of `Ls`: halved after a failure or a jump, half as
             long again after a success.
         tolerance: of the gradient's largest element, in coordinates in which H's quadratic terms are well conditioned.
@@ -107,7 +118,8 @@ def track(
 
     Raises:
         ValueError: f does not return a scalar, has no gradient or is not finite at x0; Ls is empty or does not fall;
-            x0, anchor or blocks of a wrong shape; an unknown method or predictor.
+            x0, anchor or blocks of a wrong shape; an unknown method, predictor or continuation, or those that do not go
+            together.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -117,9 +129,20 @@ def track(
         raise ValueError(
             f"predictor 'tangent' needs method 'BFGS', whose inverse Hessian it takes along, got {method!r}"
         )
-    if predictor == "tangent" and isinstance(f, tuple):
-        raise ValueError("predictor 'tangent' needs f as a function of a tensor, got a pair of NumPy functions")
+    if continuation not in CONTINUATIONS:
+        raise ValueError(f"continuation must be one of {', '.join(CONTINUATIONS)}, got {continuation!r}")
     values = check_Ls(Ls)
+    if continuation == "arclength":
+        if predictor is not None or adaptive:
+            raise ValueError(
+                "continuation 'arclength' has a predictor and steps of its own: "
+                f"predictor must be None and adaptive False, got {predictor!r} and {adaptive}"
+            )
+        if sum(0 < L < math.inf for L in values) < 2:
+            raise ValueError(f"Ls must hold two finite values above 0 for continuation 'arclength', got {values}")
+    for name, chosen in (("predictor 'tangent'", predictor), ("continuation 'arclength'", continuation)):
+        if chosen in ("tangent", "arclength") and isinstance(f, tuple):
+            raise ValueError(f"{name} needs f as a function of a tensor, got a pair of NumPy functions")
     start = np.asarray(x0.detach().cpu() if isinstance(x0, Tensor) else x0, dtype=np.float64)
     n = start.shape[-1] if start.ndim else 0
     if start.ndim not in (1, 2) or n < 1 or (start.ndim == 2 and start.shape[0] != copies):
@@ -132,6 +155,8 @@ def track(
         raise ValueError(f"f must be finite at x0, got {value}")
 
     cold = _Cold(objective, terms, method, tolerance, predictor)
+    if continuation == "arclength":
+        return _along_the_curve(Curve(f, terms), cold, x, values)
     steered = _Steered(f, cold) if predictor == "tangent" else cold
     points: list[PathPoint] = []
     position, step, message = 0.0, 1.0, ""
@@ -278,6 +303,48 @@ class _Steered:
         converged = _stationary(value, largest, self.corrector.tolerance)
         spent, self.counted = self.evaluations - self.counted, self.evaluations
         return PathPoint(L, copies[0].numpy().copy(), value, spent, int(found.steps), converged, False)
+
+
+def _along_the_curve(curve: Curve, cold: _Cold, x: np.ndarray, values: list[float]) -> PathResult:
+    """The path by arclength continuation; its natural ends by `cold`."""
+    points: list[PathPoint] = []
+    counted = 0
+
+    def add(point: PathPoint) -> None:
+        nonlocal counted
+        point = replace(point, minimum=curve.is_minimum(point.x, point.L))
+        counted, spent = curve.evaluations, curve.evaluations - counted
+        points.append(replace(point, evaluations=point.evaluations + spent))
+
+    for L in values:
+        add(cold(L, points[-1].x if points else x))
+        if not points[-1].converged or not math.isinf(L):
+            break
+    top, end = points[-1].L, min(L for L in values if L > 0)
+    message = "" if points[-1].converged else f"the corrector did not converge at L = {top:.6g}"
+    if not message:
+        steps = curve.steps
+        for y in curve.follow(np.append(points[-1].x.ravel(), math.log(top)), end):
+            value, L = curve.derivatives(y)[0], end if math.isclose(math.exp(y[-1]), end) else math.exp(y[-1])
+            add(PathPoint(L, y[:-1].reshape(x.shape), value, 0, curve.steps - steps, True, False))
+            steps = curve.steps
+        last = points[-1]
+        reached = end >= last.L
+        if reached and last.minimum and values[-1] == 0:
+            add(cold(0.0, last.x))
+        message = f"followed to L = {points[-1].L:.6g}"
+        if curve.folds:
+            message += f" through {'a fold' if len(curve.folds) == 1 else 'folds'} at L = "
+            message += ", ".join(f"{fold.L:.6g}" for fold in curve.folds)
+        if not reached:
+            message += f", and not to L = {end:.6g}" + (": the curve came back" if top < last.L else "")
+        if not last.minimum:
+            message += "; what is there is no minimum"
+    final = points[-1].x.mean(0)
+    value, _ = cold.objective(final)
+    success = values[-1] >= points[-1].L and points[-1].converged and bool(points[-1].minimum)
+    spent = cold.objective.evaluations + curve.evaluations
+    return PathResult(final, value, points, spent, cold.steps + curve.steps, success, message, curve.folds)
 
 
 def _stationary(value: float, gradient: float, tolerance: float) -> bool:
