@@ -16,7 +16,7 @@ CHOW_MINIMISER = 1.0  # in every coordinate
 
 
 def chow(x: Tensor) -> Tensor:
-    """Equation (33) of the paper.
+    """Equation (33) of the paper, term by term, with the y, k and A of its equation (34).
 
     f(x) = (π/n)·{k·sin²(π·y₁) + Σ_{i<n} (y_i − A)²·[1 + k·sin²(π·y_{i+1})] + (y_n − A)²}, y_i = 1 + (x_i − 1)/4,
     k = 10, A = 1

@@ -10,7 +10,8 @@ import torch
 
 import hta_fused as hta
 from hta_fused import path, problems
-from hta_fused.paper.table1 import LINEAR, starts
+from hta_fused.paper.table1 import LINEAR, SENTENCE, starts
+from hta_fused.path.corrector import Corrector, along, conjugate_gradients
 
 LS = [math.inf, *np.geomspace(1e3, 1e-6, 19).tolist(), 0.0]
 
@@ -44,9 +45,10 @@ def test_the_exact_minimiser_is_where_the_function_as_written_is_stationary(seed
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("predictor", [None, "secant"])
 @pytest.mark.parametrize("copies", [2, 3, 4])
-@pytest.mark.parametrize("method", ["BFGS", "L-BFGS-B"])
+@pytest.mark.parametrize(
+    ("method", "predictor"), [*itertools.product(path.METHODS, (None, "secant")), ("BFGS", "tangent")]
+)
 def test_a_quadratics_path_is_its_linear_solve(seed, method, copies, predictor, adaptive):
     A, b, anchor, f = quadratic(6, seed)
     options = dict(copies=copies, predictor=predictor, adaptive=adaptive, tolerance=1e-9)
@@ -124,11 +126,13 @@ def test_many_paths_are_over_twenty_times_as_fast():
     assert single > 20 * batched, f"{single / batched:.1f}"
 
 
-def test_a_jump_is_reported():
+@pytest.mark.parametrize("predictor", [None, "tangent"])
+def test_a_jump_is_reported(predictor):
     """From (5, 0) the path's minimum of equation (33) vanishes near L = 0.38, whatever the steps."""
     where = []
     for count in (60, 150):
-        result = path.track(problems.chow, [5.0, 0.0], [math.inf, *np.geomspace(10, 0.01, count).tolist(), 0.0])
+        Ls = [math.inf, *np.geomspace(10, 0.01, count).tolist(), 0.0]
+        result = path.track(problems.chow, [5.0, 0.0], Ls, predictor=predictor)
         assert not result.success
         assert f"the path jumped at L = {result.jumps[0]:.6g}" in result.message
         at = [point.L for point in result.per_L].index(result.jumps[0])
@@ -149,10 +153,170 @@ def test_adaptive_steps_are_fewer_on_an_easy_path_and_reach_the_same_end():
     assert np.abs(few.x - every.x).max() < 1e-6
 
 
+# --------------------------------------------------------------------------------------------------------- the tangent
+
+
+def test_the_tangent_of_a_quadratics_path_is_that_of_the_linear_solves(seed):
+    A, b, anchor, f = quadratic(5, seed)
+    terms = path.QuadraticTerms.of(5, anchor, None, 3)
+    for L in (20.0, 1.0, 0.05):
+        corrector = Corrector(f, terms, torch.zeros(1, 5, dtype=torch.float64), 1e-9)
+        x = torch.as_tensor(path.exact_minimiser(A, b, terms, L))[None]
+        slope = corrector.tangent(x, L)[0].numpy()
+        ends = [path.exact_minimiser(A, b, terms, L * (1 + e)) for e in (1e-4, -1e-4)]
+        wanted = (ends[0] - ends[1]) / (along(L * (1 + 1e-4)) - along(L * (1 - 1e-4)))
+        assert np.abs(slope - wanted).max() < 1e-5 * np.abs(wanted).max()
+        assert int(corrector.evaluations) % (3 * 2) == 0  # a product is two a copy
+        assert 3 * 2 <= int(corrector.evaluations) <= 3 * 2 * 20  # for 15 unknowns
+
+
+def test_conjugate_gradients_solve_and_learn(seed):
+    """d products leave the solution, and the inverse itself in the preconditioner; a saddle's system is left alone."""
+    d = 6
+    root = torch.randn(3, d, d, dtype=torch.float64)
+    A = root @ root.mT + torch.eye(d)
+    A[2] *= -1
+    right, unit = torch.randn(3, d, dtype=torch.float64), torch.eye(d, dtype=torch.float64).expand(3, d, d)
+    u, inverse = conjugate_gradients(lambda p, rows: (A[rows] @ p[..., None])[..., 0], right, unit, 1e-14)
+    assert torch.allclose((A @ u[..., None])[:2, :, 0], right[:2], atol=1e-9)
+    assert torch.allclose(inverse[:2] @ A[:2], unit[:2], atol=1e-6)
+    assert (u[2] == 0).all()
+    assert (inverse[2] == unit[2]).all()
+
+
+@pytest.mark.parametrize("L", [math.inf, 5.0, 0.7])
+@pytest.mark.parametrize("name", ["quadratic", "chow"])
+def test_the_tangent_predicts_to_second_order(seed, name, L):
+    """Half the step leaves a quarter of the error: 2 to within 0.1, over three halvings."""
+    f = problems.chow if name == "chow" else quadratic(4, seed)[3]
+    terms = path.QuadraticTerms.of(4, 0.0, None, 2)
+    corrector = Corrector(f, terms, torch.zeros(1, 4, dtype=torch.float64), 1e-11)
+    x, _ = corrector(torch.ones(1, 2, 4, dtype=torch.float64), L)
+    steps = [0.004 / 2**k for k in range(4)]
+    errors = []
+    for step in steps:
+        t = along(L) - step
+        ahead = t / (1 - t)
+        there, _ = corrector(x, ahead)
+        errors.append(float((corrector.predict(x, L, ahead, 1e-10) - there).norm()))
+    order = np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert order == pytest.approx(2, abs=0.1)
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-8])
+def test_the_tangent_saves_steps_and_evaluations(tolerance):
+    """On the paper's own path, and from Table 1's starts; products are counted, and the ends are the same."""
+    plain, steered = (
+        path.track(problems.chow, [5.0, 4.0, 5.0, 5.0], SENTENCE, predictor=predictor, tolerance=tolerance)
+        for predictor in (None, "tangent")
+    )
+    assert steered.success
+    assert steered.steps < 0.6 * plain.steps
+    assert steered.evaluations < 0.75 * plain.evaluations
+    assert np.abs(steered.x - plain.x).max() < 30 * tolerance
+    for result in (plain, steered):
+        assert result.steps == sum(point.steps for point in result.per_L)
+    points = starts(6, 32)
+    plain, steered = (
+        path.track_many(problems.chow, points, LINEAR, predictor=predictor) for predictor in (None, "tangent")
+    )
+    assert steered.success.all()
+    assert steered.steps.double().mean() < 0.5 * plain.steps.double().mean()
+    assert steered.evaluations.double().mean() < 0.75 * plain.evaluations.double().mean()
+    assert torch.allclose(steered.x, plain.x, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- the arclength
+
+
+def folding(x):
+    """Of x₁ a quartic with g' = 3, −4 and g'' = 3, −2 at 1, 2; of x₂ a parabola.
+
+    With the anchor 0, θ₁ = 1 and η₁ = 2 are stationary at L = 1/2, since g'(1) + 2L + 2(1 − 2)/L = 0 and
+    g'(2) + 2(2 − 1)/L = 0; and the Hessian's determinant (3 + 2L + 2/L)(−2 + 2/L) − 4/L² is 0 there: a fold.
+    """
+    t = x[0] - 1
+    return 3 * t + 1.5 * t**2 - 25 / 3 * t**3 + 15 / 4 * t**4 + 0.5 * x[1] ** 2
+
+
+@pytest.mark.parametrize("top", [2.0, 0.7])
+def test_a_known_fold_is_found_and_gone_through(top):
+    result = path.track(folding, [[1.0, 0.0], [2.0, 0.0]], [top, 0.1, 0.0], continuation="arclength")
+    (fold,) = result.folds
+    assert abs(fold.L - 0.5) < 1e-9
+    assert np.abs(fold.x - np.array([[1.0, 0.0], [2.0, 0.0]])).max() < 1e-6
+    turn = min(range(len(result.per_L)), key=lambda i: result.per_L[i].L)
+    falls = [b.L < a.L for a, b in itertools.pairwise(result.per_L)]
+    assert falls == sorted(falls, reverse=True)  # down to the fold, and up from it
+    minima = [point.minimum for point in result.per_L]
+    assert minima[:turn] == [True] * turn
+    assert minima[turn + 1 :] == [False] * (len(minima) - turn - 1)
+    assert not result.success
+    assert (
+        "through a fold at L = 0.5, and not to L = 0.1: the curve came back; what is there is no min" in result.message
+    )
+    terms = path.QuadraticTerms.of(2, 0.0, None, 2)
+    for point in result.per_L:
+        _, pull = terms.at(point.L).value_and_gradient(point.x)
+        gradient = torch.func.vmap(torch.func.grad(folding))(torch.as_tensor(point.x)).numpy()
+        assert np.abs(gradient + pull).max() < 1e-6
+    assert result.evaluations >= sum(point.evaluations for point in result.per_L)
+
+
+def test_the_path_that_jumps_ends_in_a_fold():
+    """Figure 1's start (5, 0): η's minimum meets a saddle at L = 0.3927, between the values of L where `track` jumps."""
+    Ls = [math.inf, *np.geomspace(10, 0.05, 40).tolist(), 0.0]
+    natural = path.track(problems.chow, [5.0, 0.0], Ls)
+    result = path.track(problems.chow, [5.0, 0.0], Ls, continuation="arclength")
+    (fold,) = result.folds
+    before = max(i for i, L in enumerate(Ls) if natural.jumps[0] < L)
+    assert natural.jumps[0] < fold.L < natural.per_L[before].L
+    assert abs(fold.L - 0.392691) < 1e-6
+    assert math.isinf(result.per_L[0].L)
+    assert result.per_L[0].minimum
+    assert not result.per_L[-1].minimum
+
+    def H(x, L):
+        pull = x[0, 0] ** 2 + x[1, 1] ** 2  # the anchor is 0
+        return problems.chow(x[0]) + problems.chow(x[1]) + L * pull + (x[0] - x[1]).square().sum() / L
+
+    x = torch.as_tensor(fold.x)
+    assert float(torch.func.grad(H)(x, fold.L).abs().max()) < 1e-9
+    eigenvalues = torch.linalg.eigvalsh(torch.func.hessian(H)(x, fold.L).reshape(4, 4))
+    assert abs(float(eigenvalues[0])) < 1e-8 < 1 < float(eigenvalues[1])
+
+
+@pytest.mark.parametrize("copies", [2, 3])
+def test_a_path_without_a_fold_is_followed_by_arclength_too(seed, copies):
+    A, b, anchor, f = quadratic(5, seed)
+    Ls = [math.inf, 30.0, 0.01, 0.0]
+    result = path.track(f, np.zeros(5), Ls, anchor, copies=copies, continuation="arclength")
+    assert result.success, result.message
+    assert result.message == "followed to L = 0"
+    assert not result.folds
+    assert all(point.minimum for point in result.per_L)
+    terms = path.QuadraticTerms.of(5, anchor, None, copies)
+    for point in result.per_L[1:-1]:
+        assert np.abs(point.x - path.exact_minimiser(A, b, terms, point.L)).max() < 1e-7
+    assert result.per_L[-2].L == 0.01
+    assert np.abs(result.x - np.linalg.solve(A, b)).max() < 1e-6
+
+
 def test_a_corrector_that_fails_ends_the_path():
     result = path.track(lambda x: -x.square().sum(), np.ones(2), [1.0, 0.1, 0.0])  # unbounded below
     assert not result.success
     assert "did not converge" in result.message
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_chow_is_equation_33_as_printed(seed, n):
+    """Its sum written out, with (34): y_i = 1 + (x_i − 1)/4, k = 10, A = 1."""
+    x, k, A = np.random.default_rng(seed).uniform(-10, 10, n), 10, 1
+    y = [1 + (x_i - 1) / 4 for x_i in x]
+    total = k * math.sin(math.pi * y[0]) ** 2 + (y[n - 1] - A) ** 2
+    for i in range(n - 1):
+        total += (y[i] - A) ** 2 * (1 + k * math.sin(math.pi * y[i + 1]) ** 2)
+    assert float(problems.chow(torch.as_tensor(x))) == pytest.approx(math.pi / n * total, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["chow", "ackley", "rastrigin", "griewank"])
@@ -196,7 +360,13 @@ GOOD = dict(f=problems.chow, x0=np.zeros(2), Ls=[1.0, 0.0])
         (dict(anchor=np.zeros(3)), "anchor must be a finite number or 2 of them"),
         (dict(anchor=math.nan), "anchor must be a finite number"),
         (dict(method="Newton"), "method must be one of BFGS, L-BFGS-B, got 'Newton'"),
-        (dict(predictor="tangent"), "predictor must be None or 'secant'"),
+        (dict(predictor="cubic"), "predictor must be one of None, 'secant', 'tangent', got 'cubic'"),
+        (dict(predictor="tangent", method="L-BFGS-B"), "predictor 'tangent' needs method 'BFGS'"),
+        (dict(predictor="tangent", f=(np.sum, np.ones_like)), "predictor 'tangent' needs f as a function of a tensor"),
+        (dict(continuation="arc"), "continuation must be one of natural, arclength, got 'arc'"),
+        (dict(continuation="arclength", adaptive=True), "predictor must be None and adaptive False, got None and True"),
+        (dict(continuation="arclength"), "Ls must hold two finite values above 0 for continuation 'arclength'"),
+        (dict(continuation="arclength", Ls=[1, 0.1], f=(np.sum, np.ones_like)), "'arclength' needs f as a function of"),
         (dict(copies=1), "copies must be from 2"),
         (dict(blocks=[0, 5]), "blocks must hold a number from 0 to 1"),
     ],
@@ -213,6 +383,7 @@ def test_bad_input_to_many_is_named():
         (dict(anchor=torch.zeros(4, 2)), r"anchor must have shape \[n\] or \[5, 2\]"),
         (dict(Ls=[]), "Ls must hold"),
         (dict(f=lambda x: x), "f must return a scalar tensor"),
+        (dict(predictor="secant"), "predictor must be None or 'tangent', got 'secant'"),
     ):
         with pytest.raises(ValueError, match=message):
             path.track_many(**{**dict(f=problems.chow, x0=torch.zeros(5, 2), Ls=[1.0]), **changed})

@@ -33,6 +33,8 @@ def run(out: Path, quick: bool) -> None:
                 | {"H": point.value, "evaluations": point.evaluations, "jumped": point.jumped}
             )
         say(f"from {start}: {result.message}; f = {result.f:.3g}, {result.evaluations} evaluations")
+        if result.jumps:
+            say(f"    by arclength: {track(problems.chow, np.array(start), Ls, 0.0, continuation='arclength').message}")
     save_csv(out / "figure1.csv", rows)
     save_figure(out / "figure1.png", surface(paths))
     save_animation(out / "figure1.gif", *falling(paths))

@@ -2,39 +2,65 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Minima(NamedTuple):
+    """What was found from B starts in d coordinates.
+
+    Attributes:
+        z, value, gradient: [B, d], [B] and [B, d].
+        inverse: [B, d, d], the inverse Hessians as far as BFGS learnt them.
+        evaluations, steps, converged: [B].
+    """
+
+    z: Tensor
+    value: Tensor
+    gradient: Tensor
+    inverse: Tensor
+    evaluations: Tensor
+    steps: Tensor
+    converged: Tensor
+
+
 def minimise_many(
-    h: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], z: Tensor, tolerance: float, limit: int = 500
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    z: Tensor,
+    tolerance: float,
+    limit: int = 500,
+    inverse: Tensor | None = None,
+) -> Minima:
     """Minimises one function from many starts, by BFGS with a weak-Wolfe line search, each start for itself.
 
     Args:
         h: h(z [B', d], rows [B']) returns values [B'] and gradients [B', d]; rows are the starts' numbers.
         z: [B, d].
         tolerance: of the gradient's largest element.
-
-    Returns:
-        z [B, d], evaluations [B], steps [B] (at most `limit`), converged [B].
+        limit: of steps.
+        inverse: the inverse Hessians to begin with, [B, d, d]; without it the unit matrix, and a first step about one
+            unit long.
     """
     count, d = z.shape
     z = z.clone()
     rows = torch.arange(count, device=z.device)
-    value, gradient = h(z, rows)
+    values, gradients = h(z, rows)
+    value, gradient = values, gradients
+    values, gradients = values.clone(), gradients.clone()
     evaluations = torch.ones(count, dtype=torch.int64, device=z.device)
     steps, converged = torch.zeros_like(evaluations), torch.zeros(count, dtype=torch.bool, device=z.device)
-    inverse = torch.eye(d, dtype=z.dtype, device=z.device).expand(count, d, d).clone()
-    fresh = torch.ones(count, dtype=torch.bool, device=z.device)  # the inverse Hessian is still the unit matrix
+    # Whether a start's inverse Hessian is still the unit matrix.
+    fresh = torch.full((count,), inverse is None, dtype=torch.bool, device=z.device)
+    inverses = (torch.eye(d).to(z).expand(count, d, d) if inverse is None else inverse).clone()
     for _ in range(limit):
         small = (gradient.abs() <= tolerance).all(1)
         converged[rows[small]] = True
-        rows, value, gradient, inverse, fresh = (t[~small] for t in (rows, value, gradient, inverse, fresh))
+        rows, value, gradient, fresh = (t[~small] for t in (rows, value, gradient, fresh))
         if not len(rows):
             break
-        here = z[rows]
+        here, inverse = z[rows], inverses[rows]
         direction = -(inverse @ gradient[..., None]).squeeze(-1)
         slope = (direction * gradient).sum(1)
         uphill = ~(slope < 0)
@@ -49,13 +75,13 @@ def minimise_many(
         steps[rows] += 1
         move = length[:, None] * direction
         z[rows] = here + move
-        change = new_gradient - gradient
-        inverse, curved = _bfgs(inverse, move, change)
+        inverses[rows], curved = update(inverse, move, new_gradient - gradient)
         fresh = fresh & ~curved
         # Where rounding leaves no better point, that start has come to its end.
         converged[rows[~found]] = gradient[~found].abs().amax(1) <= 1e-4
-        rows, value, gradient, inverse, fresh = (t[found] for t in (rows, new_value, new_gradient, inverse, fresh))
-    return z, evaluations, steps, converged
+        rows, value, gradient, fresh = (t[found] for t in (rows, new_value, new_gradient, fresh))
+        values[rows], gradients[rows] = value, gradient
+    return Minima(z, values, gradients, inverses, evaluations, steps, converged)
 
 
 def _search(h, here, rows, direction, value, slope, length):
@@ -93,8 +119,12 @@ def _search(h, here, rows, direction, value, slope, length):
     return best_value, best_gradient, best_length, used, found
 
 
-def _bfgs(inverse, move, change):
-    """The updated inverse Hessians, and where the curvature was positive (elsewhere nothing changes)."""
+def update(inverse, move, change):
+    """BFGS's inverse Hessians [B, d, d] after moves and changes of the gradient [B, d].
+
+    Returns:
+        The inverse Hessians, and where the curvature was positive; elsewhere nothing changes.
+    """
     curvature = (move * change).sum(1)
     curved = curvature > 1e-14 * move.norm(dim=1) * change.norm(dim=1)
     rho = torch.where(curved, 1 / curvature, torch.zeros_like(curvature))[:, None]

@@ -117,10 +117,43 @@ class Stage:
         """The quadratic terms and their gradient at copies [..., m, n]."""
         if self.L == 0 or math.isinf(self.L):
             return 0.0, 0.0
-        pulled, spread = (x - self.anchor) * self.anchored, x - x.mean(axis=-2, keepdims=True)
+        pulled, spread = self._pulled_and_spread(x, self.anchor)
         m = self.copies  # Σ_{i<j} |x_i − x_j|² is m times the spread about the mean, which keeps its digits
         value = self.L * (pulled * pulled).sum((-2, -1)) + m / self.L * (spread * spread).sum((-2, -1))
         return value, 2 * self.L * pulled + 2 * m / self.L * spread
+
+    def product(self, v: Any) -> Any:
+        """The quadratic terms' Hessian times v [..., m, n]."""
+        if self.L == 0 or math.isinf(self.L):
+            return 0.0
+        pulled, spread = self._pulled_and_spread(v, 0.0)
+        return 2 * self.L * pulled + 2 * self.copies / self.L * spread
+
+    def mixed_derivative(self, x: Any) -> Any:
+        """The derivative of the quadratic terms' gradient by L, at copies [..., m, n] and 0 < L < ∞."""
+        pulled, spread = self._pulled_and_spread(x, self.anchor)
+        return 2 * pulled - 2 * self.copies / self.L**2 * spread
+
+    def _pulled_and_spread(self, x: Any, anchor: Any) -> tuple[Any, Any]:
+        return (x - anchor) * self.anchored, x - x.mean(axis=-2, keepdims=True)
+
+    def hessian(self, known: Tensor, curvature: float) -> Tensor:
+        """H's Hessians in coordinates, [..., d, d], where that of Σ_j f(x_j) is curvature·1 + known [..., m·n, m·n]."""
+        d = len(self.embedding)
+        unit = torch.eye(d).to(known)
+        if self.L == 0:  # f at the copies' mean: the mean of what is known of them
+            m = known.shape[-1] // d
+            return curvature * unit + sum(known[..., i : i + d, i : i + d] for i in range(0, m * d, d)) / m
+        # For 0 < L < ∞ the coordinates make the unit matrix of the quadratic terms and `curvature`.
+        return (curvature if math.isinf(self.L) else 1.0) * unit + self.embedding @ known @ self.embedding.T
+
+    def curvature_of(self, hessian: Tensor, curvature: float) -> Tensor:
+        """What `hessian` takes for `known`, from H's Hessians [..., d, d] and L > 0; 0 for variables without a part."""
+        unit = torch.eye(hessian.shape[-1]).to(hessian)
+        if math.isinf(self.L):
+            return self.embedding.T @ (hessian - curvature * unit) @ self.embedding
+        out = torch.linalg.inv(self.embedding)
+        return out @ (hessian - unit) @ out.T
 
 
 def check_Ls(Ls: Sequence[float]) -> list[float]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bfgs import minimise_many
-from .homotopy import QuadraticTerms, Stage, check_Ls
+from .corrector import Corrector
+from .homotopy import QuadraticTerms, check_Ls
 from .objective import scalar_value
 
 
@@ -18,7 +18,7 @@ class ManyResult:
 
     Attributes:
         x, f: [B, n] and [B], as in PathResult.
-        evaluations, steps: int64 [B], of f and its gradient, and of the quasi-Newton method.
+        evaluations, steps: int64 [B], as in PathResult.
         success: bool [B], every corrector of a path converged; jumps are not looked for.
     """
 
@@ -37,6 +37,7 @@ def track_many(
     *,
     copies: int = 2,
     blocks: Any = None,
+    predictor: str | None = None,
     tolerance: float = 1e-6,
     curvature: float = 1.0,
     progress: Callable[[Sequence[float]], Any] = iter,
@@ -48,12 +49,15 @@ def track_many(
         x0: where all copies start, float64 [B, n], or each one's start, [B, m, n].
         Ls, copies, blocks, curvature: as in `track`. Ls = [0] minimises f itself.
         anchor: as in `track`, or one for each start, [B, n].
+        predictor: None, or "tangent" as in `track`.
         tolerance: of the gradient's largest element.
         progress: wraps the list of Ls for display, as tqdm does.
 
     Raises:
         ValueError: as `track`.
     """
+    if predictor not in (None, "tangent"):
+        raise ValueError(f"predictor must be None or 'tangent', got {predictor!r}")
     values = check_Ls(Ls)
     if not isinstance(x0, Tensor) or x0.dim() not in (2, 3) or not x0.is_floating_point():
         raise ValueError(
@@ -70,27 +74,17 @@ def track_many(
     terms = QuadraticTerms.of(n, anchor, blocks, copies, curvature)
     x = (x0 if x0.dim() == 3 else x0[:, None].expand(count, copies, n)) - offset[:, None]
 
-    gradient_and_value = torch.func.vmap(torch.func.vmap(torch.func.grad_and_value(f)))
-    evaluations = torch.zeros(count, dtype=torch.int64, device=x0.device)
-    steps, success = torch.zeros_like(evaluations), torch.ones(count, dtype=torch.bool, device=x0.device)
     for point in x0.reshape(-1, n)[:1]:  # none, where there are no starts
         if not scalar_value(f, point.detach().clone().requires_grad_()).isfinite():
             raise ValueError("f must be finite at x0")
+    correct = Corrector(f, terms, offset, tolerance)
+    success = torch.ones(count, dtype=torch.bool, device=x0.device)
+    before = None
     for L in progress(values):
-        stage = terms.at(L)
-        z = torch.as_tensor(stage.reduce(x.cpu().numpy())).to(x0)
-        stage = stage.to(x0)
-
-        def h(z: Tensor, rows: Tensor, stage: Stage = stage) -> tuple[Tensor, Tensor]:
-            x = stage.expand(z)
-            gradient, value = gradient_and_value(x + offset[rows, None])
-            penalty, pull = stage.value_and_gradient(x)
-            return value.sum(-1) + penalty, (gradient + pull).flatten(1) @ stage.embedding.T
-
-        z, used, taken, converged = minimise_many(h, z, tolerance)
-        steps += taken
-        x = stage.expand(z).expand(count, copies, n)
-        evaluations += used * stage.copies
-        success &= converged
+        if before is not None and predictor:
+            x = correct.predict(x, before, L)
+        x, found = correct(x, L, warm=predictor is not None)
+        success &= found.converged
+        before = L
     final = x.mean(1) + offset
-    return ManyResult(final, torch.func.vmap(f)(final), evaluations + 1, steps, success)
+    return ManyResult(final, torch.func.vmap(f)(final), correct.evaluations + 1, correct.steps, success)
