@@ -323,7 +323,7 @@ class CoupledOptimizer(FlatState):
         """Brings the rules on the device up to date with param_groups; `step` does so unless it is captured."""
         step = self._steps + 1
         settings = [self._group_settings(group) for group in self.param_groups]
-        known = (settings, step if self._moves_with_steps() else None)
+        known = (settings, self._clock(step))
         if known == self._known:
             return
         changed = self._known is None or settings != self._known[0]
@@ -482,8 +482,11 @@ class CoupledOptimizer(FlatState):
             if k not in ("params", "steps", "initial_lr") and (not isinstance(v, Tensor) or k in self.defaults)
         ]
 
-    def _moves_with_steps(self) -> bool:
-        return not isinstance(self.proposal, SGD) or any(group["every"] > 1 for group in self.param_groups)
+    def _clock(self, step: int) -> Any:
+        """What of the step's number the rules depend on: AdamW's on all of it, SGD's on whether a period ends."""
+        if not isinstance(self.proposal, SGD):
+            return step
+        return [step % group["every"] == 0 for group in self.param_groups]
 
     def _values_at(self, step: int, **changed: Any) -> Tensor:
         """The rules of every group at a step, in the kernels' arithmetic, on the CPU."""
