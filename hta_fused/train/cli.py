@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         if of_torchrun():
             given |= under_torchrun(given, new=not (resume or evaluate), evaluate=bool(evaluate))
         settings = resumed(resume, given) if resume else evaluated(evaluate, given) if evaluate else anew(given)
-        machine.check(settings)
+        machine.check(settings, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if of_torchrun() else None)
     except ValueError as error:
         terminal.error(typed(str(error)))
     except OSError as error:

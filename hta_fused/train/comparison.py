@@ -174,14 +174,18 @@ class Trainer:
 
     @property
     def saved(self) -> bool:
-        """Whether there is a checkpoint to go on from; asked of the process that holds the folder."""
-        return self._folder is not None and self._folder.checkpoint.exists()
+        """Whether there is a checkpoint to go on from, as far as this process knows."""
+        return self._folder is None or self._folder.checkpoint.exists()
 
     def _load_images(self) -> data.Images:
         s = self.settings
-        if s.download:  # once on each machine
-            self.team.together(lambda: self.team.local_rank or data.load(s.dataset, s.data_dir, True))
-        return self.team.together(lambda: data.load(s.dataset, s.data_dir))
+
+        def load() -> data.Images:
+            return data.load(s.dataset, s.data_dir, s.download)
+
+        if s.download and self.team.group is not None:  # by one process on each machine
+            self.team.together(lambda: self.team.local_rank or load())
+        return self.team.together(load)
 
     def _new_run(self, saved: dict[str, Any] | None) -> Run:
         job = self.jobs[self.done]

@@ -69,7 +69,7 @@ class Team:
         except RuntimeError as error:  # torch.distributed's own errors are such
             why = str(error).splitlines()[0]
             raise ConnectionError(
-                f"rank {team.rank} waited {timeout:g} s for {team.size} processes to come: {why}"
+                f"rank {team.rank} did not reach all {team.size} processes, which have {timeout:g} s to come: {why}"
             ) from error
         return team
 
@@ -146,25 +146,22 @@ class Team:
             self._store.set_timeout(timedelta(seconds=_NOTICING))
             self._store.set(f"leaving/{self.rank}", "")  # so that nobody takes this one for the one that is missed
             speaks = self._store.add(f"noticed/{host}", 1) == 1
-        gone: dict[int, int] = {}
+        gone: list[int] = []
         deadline = time.monotonic() + _NOTICING
         # A process that was killed is there until torchrun has seen its end, which is to be the first that it sees.
         while not gone and time.monotonic() < deadline:
             time.sleep(0.1)
-            gone = {
-                rank: pid
-                for rank, (where, pid) in enumerate(self._members)
-                if where == host and not _runs(pid) and not self._leaves(rank)
-            }
+            missing = [rank for rank in range(self.size) if rank != self.rank and not self._leaves(rank)]
+            gone = [rank for rank in missing if self._members[rank][0] == host and not _runs(self._members[rank][1])]
         if not speaks:
             return ""
         if gone:
-            which = ", ".join(f"{rank} (process {pid})" for rank, pid in gone.items())
-            end = "has ended, killed or for want of memory" if len(gone) == 1 else "have ended"
-            return f"rank{'s' if len(gone) > 1 else ''} {which} {end}"
-        elsewhere = sorted({where for where, _ in self._members} - {host})
-        where = f"on {' or '.join(elsewhere)} " if elsewhere else ""
-        return f"another process {where}has ended or does not answer ({str(error).splitlines()[0]})"
+            return f"{self._named(gone)} {'has' if len(gone) == 1 else 'have'} ended, killed or for want of memory"
+        return f"no word from {self._named(missing) or 'others'} ({str(error).splitlines()[0]})"
+
+    def _named(self, ranks: list[int]) -> str:
+        which = ", ".join(f"{rank} (process {pid} on {host})" for rank in ranks for host, pid in [self._members[rank]])
+        return f"rank{'s' if len(ranks) > 1 else ''} {which}" if ranks else ""
 
     def _leaves(self, rank: int) -> bool:
         try:
