@@ -148,11 +148,11 @@ def spoil(run: Run, net: Any, loss: torch.Tensor) -> torch.Tensor:
 
 
 OTHERS = {
-    "all methods": dict(method="compare", epochs=2, batches="shared"),
+    "all methods": dict(method="compare", epochs=2, L_stop=0.01, batches="shared"),
     "hashed": dict(partition="hashed", start="independent", anchor="random"),
     "explicit": dict(mode="explicit", L_start=0.5, L_stop=0.5, lr=0.01, epochs=2),
     "bf16": dict(precision="bf16", epochs=2, channels_last=True),
-    "fp16, NaN in copy 1": dict(precision="fp16", epochs=1, L_stop=0.01, width=0.03),
+    "fp16, NaN in copy 1": dict(precision="fp16", epochs=1, L_stop=0.01),
     "decoupled, NaN in copy 1": dict(decoupled=1, epochs=4),
 }
 
@@ -161,7 +161,7 @@ def others(rank: int, size: int, folder: str) -> None:
     """Trains with other settings, and with gradients that are not finite in one copy."""
     loss = Run.loss
     for name, changes in OTHERS.items():
-        settings = replace(TINY, **changes, out=Path(folder) / f"{name} {size}")
+        settings = replace(TINY, width=0.04, **changes, out=Path(folder) / f"{name} {size}")
         with contextlib.ExitStack() as patches:
             if "NaN" in name:
                 patches.enter_context(
@@ -181,7 +181,7 @@ def test_other_settings_and_a_nan_on_one_rank(tmp_path):
 
 
 def test_four_processes_come_close_to_one_with_four_copies(tmp_path):
-    settings = replace(TINY, copies=4, epochs=2)
+    settings = replace(TINY, copies=4, epochs=2, width=0.06)
     assert Trainer(replace(settings, out=tmp_path / "alone"), report=stress.silent).train()
     ended(torchrun(tmp_path / "four", processes=4, settings=settings))
     first, second = (torch.load(tmp_path / of / "hta-seed0.pt") for of in ("alone", "four"))

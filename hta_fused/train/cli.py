@@ -238,7 +238,9 @@ def train(terminal: Terminal, settings: Settings, given: dict[str, Any], new: bo
                 then = f"go on with: {command}"
                 if _restarts_left():
                     then = "torchrun starts all again, from the last checkpoint"
-                terminal.fail(f"rank {team.rank}, {trainer.place if trainer else 'at its start'}: {missed}; {then}")
+                terminal.say(f"rank {team.rank}, {trainer.place if trainer else 'at its start'}: {missed}; {then}")
+                sys.stdout.flush()
+                os._exit(FAILURE)  # the group's threads, which wait for those that are gone, would abort an orderly end
             if trainer is None and isinstance(error, ValueError | OSError):
                 terminal.fail(error)
             what = "no memory left: it takes less with a smaller --batch-size" if _no_memory(error) else error
@@ -252,9 +254,11 @@ def train(terminal: Terminal, settings: Settings, given: dict[str, Any], new: bo
                 raise SystemExit(FAILURE) from None
             raise
         number = 0 if finished else team.largest(caught[0] if caught else 0)
+        if number:
+            terminal.say(how_to_go_on(f"stopped by {signal.Signals(number).name}; everything so far is saved"))
+        trainer = None
         team.close()
-    if not finished:
-        terminal.say(how_to_go_on(f"stopped by {signal.Signals(number).name}; everything so far is saved"))
+    if number:
         raise SystemExit(128 + number)
 
 

@@ -3,6 +3,7 @@
 Owns the process group. Imports distributed.py; knows nothing of networks and of the disk.
 """
 
+import gc
 import os
 import platform
 import time
@@ -79,9 +80,12 @@ class Team:
         return self.rank == 0
 
     def close(self) -> None:
-        """To be called when all are done."""
+        """To be called when all are done, and nothing is left that holds the group, but for cycles: gloo's threads end with
+        it, and the process would be aborted if the interpreter ended before them."""
         if self.group is not None:
+            self.group = None
             dist.destroy_process_group()
+            gc.collect()
 
     # ------------------------------------------------------------------------------------- all processes must ask these
 
