@@ -33,7 +33,10 @@ Train a VGG by homotopy (HTA), by SGD, or both beside each other.
 
 HTA trains coupled copies while L falls, then merges them and goes on with one.
 Two copies cost twice the work, so --method compare, the default, sets HTA
-beside SGD at equal epochs and SGD at equal work. [Defaults] are in brackets."""
+beside SGD at equal epochs and SGD at equal work. [Defaults] are in brackets.
+
+torchrun --nproc-per-node 4 -m hta_fused.train trains four copies, each in a
+process of its own."""
 
 EXAMPLES = """\
 examples:
@@ -41,7 +44,6 @@ examples:
   hta-train --method hta --copies 4 --batches own --out runs/four
   hta-train --resume runs/four                  go on with it after a stop
   hta-train --evaluate runs/four/hta-seed0.pt   test what came out
-  torchrun --nproc-per-node 4 -m hta_fused.train --method hta   a copy a process
   hta-train --dataset cifar10 --download --recipe paper --model vgg16"""
 
 
