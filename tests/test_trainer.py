@@ -17,7 +17,8 @@ import stress
 import torch
 
 from hta_fused.files import as_json, save_atomically, write_json
-from hta_fused.train import PAPER, Run, Settings, Trainer, cli, data
+from hta_fused.train import PAPER, Job, Run, Settings, Trainer, cli, data
+from hta_fused.train.run import batches_of
 from hta_fused.train.vgg import CONFIGURATIONS, VGG, parameter_count
 
 # Two epochs apart, one merged; a second or two.
@@ -285,6 +286,28 @@ def test_steps_that_were_skipped_are_in_the_row(tmp_path, monkeypatch):
     Trainer(settings, report=lambda _: None).train()
     assert [row["skipped"] for row in metrics(settings.out)] == [2, 1, 0]
     assert metrics(settings.out)[0]["train_loss"] == "nan"
+
+
+def test_a_resumed_epoch_counts_the_skipped_steps_of_both_its_parts(tmp_path, monkeypatch):
+    settings = replace(TINY, method="hta", out=tmp_path / "run")
+    whole = Run.loss
+    monkeypatch.setattr(Run, "loss", lambda self, *of: whole(self, *of) * (math.nan if self.batch in (0, 2) else 1.0))
+    asked = iter(i == 5 for i in range(10**6))  # 4 batches an epoch: after the second of the second
+    assert not Trainer(settings, stop=lambda: next(asked), report=lambda _: None).train()
+    with pytest.raises(FloatingPointError):
+        Trainer.resume(settings.out, report=lambda _: None).train()
+    assert [row["skipped"] for row in metrics(settings.out)][:2] == [2, 2]
+
+
+@pytest.mark.parametrize("batches", ["own", "shared"])
+def test_own_batches_are_each_copys_own(batches):
+    settings = replace(TINY, batches=batches, copies=3)
+    images = data.synthetic()
+    run = Run(settings, Job("HTA", "hta", 3, 0), batches_of(images, settings, 0))
+    run.start_epoch()
+    orders = [stream._order.tolist() for stream in run.streams]
+    assert len({tuple(order) for order in orders}) == (3 if batches == "own" else 1)
+    assert all(sorted(order) == list(range(512)) for order in orders)
 
 
 def test_json_has_a_name_for_every_number():

@@ -16,22 +16,27 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 
+from .. import __version__
 from ..terminal import FAILURE, Parser
 from . import machine
 from .comparison import Trainer, evaluate_file
+from .folder import Folder
 from .report import heading
 from .run import Job
-from .settings import HINTS, RECIPES, Settings
+from .settings import HINTS, OF_THE_MACHINE, RECIPES, Settings
+from .team import ALONE, Team, of_torchrun
 
 FLAGS = {name: "--" + name.replace("_", "-") for name in HINTS}  # as they are typed
-OF_THE_MACHINE = ("data_dir", "download", "device", "graph", "threads")  # may change where a run goes on
 
 DESCRIPTION = """\
 Train a VGG by homotopy (HTA), by SGD, or both beside each other.
 
 HTA trains coupled copies while L falls, then merges them and goes on with one.
 Two copies cost twice the work, so --method compare, the default, sets HTA
-beside SGD at equal epochs and SGD at equal work. [Defaults] are in brackets."""
+beside SGD at equal epochs and SGD at equal work. [Defaults] are in brackets.
+
+torchrun --nproc-per-node 4 -m hta_fused.train trains four copies, each in a
+process of its own."""
 
 EXAMPLES = """\
 examples:
@@ -42,9 +47,19 @@ examples:
   hta-train --dataset cifar10 --download --recipe paper --model vgg16"""
 
 
-def parser() -> Parser:
+class Terminal(Parser):
+    """A Parser of a process that may have to be silent, where others say the same."""
+
+    speaks = True
+
+    def say(self, what: object) -> None:
+        if self.speaks:
+            super().say(what)
+
+
+def parser() -> Terminal:
     """Every field of Settings is a flag, in its group; beside them stands what else hta-train does."""
-    result = Parser("hta-train", usage="hta-train [FLAG ...]", description=DESCRIPTION, epilog=EXAMPLES)
+    result = Terminal("hta-train", usage="hta-train [FLAG ...]", description=DESCRIPTION, epilog=EXAMPLES)
     groups: dict[str, Any] = {}
     for field in fields(Settings):
         about, hint, default = field.metadata, HINTS[field.name], field.default
@@ -83,19 +98,25 @@ def _float(text: str) -> float | str:
 def main(argv: list[str] | None = None) -> None:
     """The entry point of `hta-train`."""
     terminal = parser()
+    terminal.speaks = not of_torchrun() or os.environ["LOCAL_RANK"] == "0"  # one line on each machine is enough
     given = vars(terminal.parse_args(argv))
     resume, evaluate = given.pop("resume"), given.pop("evaluate")
     terminal.need("tqdm", "matplotlib", "sklearn")
     try:
+        if of_torchrun():
+            given |= under_torchrun(given, new=not (resume or evaluate), evaluate=bool(evaluate))
         settings = resumed(resume, given) if resume else evaluated(evaluate, given) if evaluate else anew(given)
-        machine.check(settings)
+        machine.check(settings, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if of_torchrun() else None)
     except ValueError as error:
         terminal.error(typed(str(error)))
     except OSError as error:
         terminal.fail(error)
     terminal.check_folder("--data-dir", settings.data_dir, written=settings.download)
     if evaluate is None:
-        train(terminal, settings, given if resume else None)
+        if not resume and (not of_torchrun() or os.environ["RANK"] == "0"):
+            assert settings.out is not None
+            terminal.check_folder("--out", settings.out)
+        train(terminal, settings, given, new=not resume)
         return
     try:
         loss, accuracy = evaluate_file(evaluate, settings)
@@ -119,6 +140,32 @@ def anew(given: dict[str, Any]) -> Settings:
         return settings
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return replace(settings, out=Path("runs") / f"{settings.dataset}-{settings.model}-{settings.method}-{stamp}")
+
+
+def under_torchrun(given: dict[str, Any], new: bool, evaluate: bool) -> dict[str, Any]:
+    """What torchrun settles: a copy in each process, each on its own GPU.
+
+    Raises:
+        ValueError: for what is given otherwise, or makes no sense there.
+    """
+    size = int(os.environ["WORLD_SIZE"])
+    if evaluate:
+        raise ValueError("--evaluate is work for one process: leave torchrun out")
+    if given.get("graph"):
+        raise ValueError("graph is for one process's step: leave it out under torchrun")
+    if ":" in given.get("device", ""):
+        raise ValueError(
+            f"device must be auto, cpu or cuda under torchrun, which numbers the GPUs, got {given['device']!r}"
+        )
+    if not new:
+        return {"graph": False}
+    if given.get("method") == "sgd":
+        raise ValueError("method must be hta or compare under torchrun, as SGD trains one network, got 'sgd'")
+    if given.get("copies", size) != size:
+        raise ValueError(f"copies must be the number of processes, {size}, or left out, got {given['copies']}")
+    if "out" not in given and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise ValueError("out must be given where torchrun may start all again, so that it finds the run")
+    return {"graph": False, "copies": size}
 
 
 def resumed(folder: Path, given: dict[str, Any]) -> Settings:
@@ -145,56 +192,113 @@ def _configuration(file: Path) -> Settings:
 # ----------------------------------------------------------------------------------------------------------- a training
 
 
-def train(terminal: Parser, settings: Settings, changes: dict[str, Any] | None) -> None:
+def train(terminal: Terminal, settings: Settings, given: dict[str, Any], new: bool) -> None:
     """Trains, and says where it writes and how to go on: at once, and whatever ends it.
 
     Args:
         settings: of a new run, or of one that goes on its folder.
-        changes: what one that goes on is to do differently, or None for a new run.
+        given: those that were given on the command line.
+        new: whether it is a new run.
     """
     from tqdm import tqdm
 
     assert settings.out is not None
-    if changes is None:
-        terminal.check_folder("--out", settings.out)
-    command = f"hta-train --resume {shlex.quote(str(settings.out))}"
-    with stopping() as caught, progress_bars() as progress:
+    team = ALONE
+    if of_torchrun():
+        try:
+            team = Team.gathered(settings.torch_device.type == "cuda", settings.timeout)
+        except (ValueError, OSError) as error:
+            terminal.fail(error)
+    terminal.speaks = team.leads
+    command = f"{_launcher(team)} --resume {shlex.quote(str(settings.out))}"
+    trainer: Trainer | None = None
+    with stopping(team) as caught, progress_bars() as progress:
         callbacks: dict[str, Any] = {
             "stop": lambda: bool(caught),
             "progress": progress,
             "report": lambda text: tqdm.write(text, file=sys.stdout),
+            "team": team,
         }
-        try:
-            if changes is None:
-                trainer = Trainer(settings, **callbacks)
-            else:
-                trainer = Trainer.resume(settings.out, changes, **callbacks)
-        except (ValueError, OSError) as error:
-            terminal.fail(error)
 
-        def say_how_to_go_on(saved: str) -> None:
-            kept = trainer.folder.checkpoint.exists()
-            terminal.say(f"{saved}. Go on with: {command}" if kept else "no checkpoint yet: start it again")
+        def how_to_go_on(saved: str) -> str:
+            kept = trainer is not None and trainer.saved
+            return f"{saved}. Go on with: {command}" if kept else "no checkpoint yet: start it again"
 
         try:
-            print(f"writes to {settings.out}; to go on after a stop:\n  {command}", flush=True)
-            if changes is not None:
-                _head(trainer)
+            trainer, begun = _trainer(settings, given, new, callbacks)
+            if team.leads:
+                print(f"writes to {settings.out}; to go on after a stop:\n  {command}", flush=True)
+                if begun:
+                    _head(trainer)
             finished = trainer.train()
         except FloatingPointError as error:  # to go on would be of no use
             terminal.fail(error)
         except BaseException as error:  # a full disk, a second Ctrl-C, a bug, whose traceback follows, ...
+            missed = team.missed(error)
+            if missed is not None:
+                terminal.speaks = bool(missed)
+                then = f"go on with: {command}"
+                if _restarts_left():
+                    then = "torchrun starts all again, from the last checkpoint"
+                terminal.say(f"rank {team.rank}, {trainer.place if trainer else 'at its start'}: {missed}; {then}")
+                sys.stdout.flush()
+                os._exit(FAILURE)  # the group's threads, which wait for those that are gone, would abort an orderly end
+            if trainer is None and isinstance(error, ValueError | OSError):
+                terminal.fail(error)
             what = "no memory left: it takes less with a smaller --batch-size" if _no_memory(error) else error
             expected = isinstance(error, OSError) or what is not error
+            if what is not error and team.group is not None:  # others do not know of it
+                terminal.speaks, what = True, f"rank {team.rank}: {what}"
             if expected:
                 terminal.say(what)
-            say_how_to_go_on("what the last checkpoint holds is saved")
+            terminal.say(how_to_go_on("what the last checkpoint holds is saved"))
             if expected:
                 raise SystemExit(FAILURE) from None
             raise
-    if not finished:
-        say_how_to_go_on(f"stopped by {signal.Signals(caught[0]).name}; everything so far is saved")
-        raise SystemExit(128 + caught[0])
+        number = 0 if finished else team.largest(caught[0] if caught else 0)
+        if number:
+            terminal.say(how_to_go_on(f"stopped by {signal.Signals(number).name}; everything so far is saved"))
+        trainer = None
+        team.close()
+    if number:
+        raise SystemExit(128 + number)
+
+
+def _trainer(settings: Settings, given: dict[str, Any], new: bool, callbacks: dict[str, Any]) -> tuple[Trainer, bool]:
+    """A Trainer, and whether its run had begun: where torchrun starts all again, a new run is not new any more.
+
+    Raises:
+        ValueError, OSError: as Trainer; or the processes' settings differ, or those of the run that is there.
+    """
+    team: Team = callbacks["team"]
+    assert settings.out is not None
+    out = settings.out
+    team.agree({"the version of hta_fused": __version__, "the version of torch": torch.__version__, "new": new})
+    own = settings.to_json() if new else given
+    team.agree({name: value for name, value in own.items() if name not in ("out", *OF_THE_MACHINE)})
+    if new:
+        again = of_torchrun() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if not (again and team.lead(lambda: Folder.begun(out))):
+            return Trainer(settings, **callbacks), False
+    trainer = Trainer.resume(out, {k: v for k, v in given.items() if k in OF_THE_MACHINE}, **callbacks)
+    for name in FLAGS if new else ():
+        wanted, held = getattr(settings, name), getattr(trainer.settings, name)
+        if name not in ("out", *OF_THE_MACHINE) and wanted != held:
+            raise ValueError(f"{out} already holds another run, whose {name} is {held}: choose another --out")
+    return trainer, True
+
+
+def _launcher(team: Team) -> str:
+    if team.group is None:
+        return "hta-train"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", team.size))
+    machines = f"--nnodes {team.size // here} " if here != team.size else ""
+    return f"torchrun {machines}--nproc-per-node {here} -m hta_fused.train"
+
+
+def _restarts_left() -> bool:
+    done, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return done < most
 
 
 def _no_memory(error: BaseException) -> bool:
@@ -210,14 +314,19 @@ def _head(trainer: Trainer) -> None:
 
 
 @contextmanager
-def stopping() -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM joins, acknowledged at once; a second one does not wait for the batch to end."""
+def stopping(team: Team = ALONE) -> Iterator[list[int]]:
+    """A list that SIGINT or SIGTERM joins, acknowledged at once; a second one does not wait for the batch to end.
+
+    Of a team one process acknowledges, and not SIGTERM, which torchrun sends to all that are left when one has died.
+    """
     caught: list[int] = []
 
     def on_signal(number: int, _frame: object) -> None:
         if caught:
             raise SystemExit(128 + number)
         caught.append(number)
+        if team.group is not None and not (team.leads and number == signal.SIGINT):
+            return
         # Not through sys.stderr, which the signal may have interrupted in its work.
         os.write(2, b"\nhta-train: stopping after this batch; Ctrl-C again to stop now\n")
 

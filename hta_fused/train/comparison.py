@@ -16,10 +16,11 @@ import torch
 from ..files import as_json, save_atomically, write_json, write_text
 from ..kernels import backends
 from . import data
-from .folder import Folder, Refused
+from .folder import Folder, Refused, load
 from .report import curves, describe, processor, summarise, table
 from .run import Job, Run, batches_of, evaluate, network
-from .settings import Settings
+from .settings import OF_THE_MACHINE, Settings
+from .team import ALONE, Team
 
 PATIENCE = 3  # epochs in a row whose loss is not finite, after which a run is given up
 
@@ -48,6 +49,9 @@ class Trainer:
         stop: asked after every batch; once it says True, a checkpoint is written and `train` returns.
         progress: told of every batch: (job, epoch, batches done, batches of the epoch).
         report: takes each line of text for the user.
+        team: the processes that train it, a copy in each while L falls. All of them make a Trainer and call the same of it;
+            rank 0 holds the folder, reports, and its numbers count. The folder is one process's: either goes on with the
+            other's.
 
     Raises:
         FileExistsError: `out` holds a run.
@@ -62,15 +66,24 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         progress: Callable[[Job, int, int, int], None] = lambda *_: None,
         report: Callable[[str], None] = print,
-        _begun: tuple[Folder, dict[str, Any]] | None = None,  # the folder of a run that goes on, and its checkpoint
+        team: Team = ALONE,
+        _begun: tuple[Folder | None, dict[str, Any]]
+        | None = None,  # the folder of a run that goes on, and its checkpoint
     ):
         if settings.out is None:
             raise ValueError("settings.out must be the folder for the results, got None")
-        self.settings, self.stop, self.progress, self.report = settings, stop, progress, report
-        self.out = settings.out
+        if team.group is not None and settings.copies != team.size:
+            raise ValueError(
+                f"copies is {settings.copies}, but there are {team.size} processes: start {settings.copies}, or one "
+                "without torchrun"
+            )
+        self.team, self.settings, self.stop = team, settings, stop
+        self.progress: Callable[..., None] = progress if team.leads else _nothing
+        self.report: Callable[[str], None] = report if team.leads else _nothing
+        self.out = out = settings.out
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        self.images = data.load(settings.dataset, settings.data_dir, settings.download)
+        self.images = self._load_images()
         self.fingerprint = self.images.fingerprint()
         self.jobs = jobs(settings)
         self.rows: list[dict[str, Any]] = []
@@ -83,21 +96,27 @@ class Trainer:
             "processor": processor(),
             "instructions": backends()["cpu"],
         }
+        team.agree({"the images": self.fingerprint, "threads": self.machine["threads"]})
+        self._folder: Folder | None  # in the process that holds it
         if _begun is None:
-            self.folder = Folder.create(self.out, self._content())
+            content = self._content()
+            self._folder = _held(team, lambda: Folder.create(out, content))
         else:
-            self.folder, content = _begun
-            self._take(content)
+            self._folder, content = _begun
+            team.together(lambda: self._take(content))
         self._write_records()
-        self._tensorboard = _tensorboard(self.out)
+        self._tensorboard = _tensorboard(self.out) if team.leads else None
 
     @classmethod
-    def resume(cls, out: Path, changes: Mapping[str, Any] | None = None, **callbacks: Any) -> "Trainer":
+    def resume(
+        cls, out: Path, changes: Mapping[str, Any] | None = None, team: Team = ALONE, **callbacks: Any
+    ) -> "Trainer":
         """Goes on with the run in a folder, with the settings and the number of threads that it was begun with.
 
         Args:
             out: the folder.
             changes: settings that are the machine's and not the run's, such as data_dir or device.
+            team: as above.
             callbacks: `stop`, `progress`, `report`, as above.
 
         Raises:
@@ -105,17 +124,19 @@ class Trainer:
             BlockingIOError: another process trains in it.
             ValueError: no checkpoint is whole, config.json is not the run's, or the images are not.
         """
-        folder = Folder.open(out)
+        folder = _held(team, lambda: Folder.open(out))
 
         def begin(content: dict[str, Any]) -> "Trainer":
             settings = _settings_of(content)
-            _check_record(out / "config.json", settings)
-            return cls(replace(settings, **{**(changes or {}), "out": out}), _begun=(folder, content), **callbacks)
+            team.lead(lambda: _check_record(out / "config.json", settings))
+            settings = replace(settings, **{**(changes or {}), "out": out})
+            return cls(settings, team=team, _begun=(folder, content), **callbacks)
 
         try:
-            return folder.load(begin, callbacks.get("report", print))
+            return load(out, team, begin, callbacks.get("report", print) if team.leads else _nothing)
         except BaseException:
-            folder.close()
+            if folder is not None:
+                folder.close()
             raise
 
     def train(self) -> bool:
@@ -136,32 +157,53 @@ class Trainer:
                     if not finished:
                         return False
                     self._check_finite(job)
-                state = self._run.phase.mean().state_dict()
-                save_atomically(self.out / f"{job.name}.pt", lambda path, state=state: _torch_save(state, path))  # type: ignore[misc]
+                self._export(job, self._run.phase.mean().state_dict())
                 self.done, self._run = self.done + 1, None
                 self._save()
-            self._finish()
+            self.team.lead(self._finish)
             return True
         finally:
-            self.folder.close()
+            if self._folder is not None:
+                self._folder.close()
+
+    @property
+    def place(self) -> str:
+        """Where it is."""
+        run = self._run
+        return "between two runs" if run is None else f"in epoch {min(run.epoch + 1, run.job.epochs)} of {run.job.name}"
+
+    @property
+    def saved(self) -> bool:
+        """Whether there is a checkpoint to go on from, as far as this process knows."""
+        return self._folder is None or self._folder.checkpoint.exists()
+
+    def _load_images(self) -> data.Images:
+        s = self.settings
+
+        def load() -> data.Images:
+            return data.load(s.dataset, s.data_dir, s.download)
+
+        if s.download and self.team.group is not None:  # by one process on each machine
+            self.team.together(lambda: self.team.local_rank or load())
+        return self.team.together(load)
 
     def _new_run(self, saved: dict[str, Any] | None) -> Run:
         job = self.jobs[self.done]
-        return Run(self.settings, job, batches_of(self.images, self.settings, job.seed), self.report, saved)
+        return Run(self.settings, job, batches_of(self.images, self.settings, job.seed), self.report, saved, self.team)
 
     def _epoch(self, run: Run) -> bool:
         start, already = time.perf_counter(), run.images_seen
 
         def on_batch() -> bool:
             self.progress(run.job, run.epoch, run.batch, len(run.batches))
-            return self.stop()
+            return self.team.largest(self.stop()) > 0
 
         if not run.train_epoch(on_batch):
             return False
         seconds = time.perf_counter() - start
         fresh = 1 - already / run.images_seen  # the part of the epoch that this process trained
         row = run.end_epoch(seconds / fresh if fresh > 0 else 0.0)
-        self.rows.append(row)
+        self.rows.append(self.team.lead(lambda: row))
         if self._tensorboard is not None:
             for key in ("train_loss", "test_loss", "test_accuracy", "distance", "lr", "L"):
                 self._tensorboard.add_scalar(f"{run.job.name}/{key}", row[key], row["epoch"])
@@ -197,15 +239,24 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        self.folder.save(self._content())
-        self._write_metrics()
+        content = self._content()
+
+        def save() -> None:
+            assert self._folder is not None
+            self._folder.save(content)
+            self._write_metrics()
+
+        self.team.lead(save)
 
     def _write_metrics(self) -> None:
         write_text(self.out / "metrics.jsonl", "".join(as_json(row) + "\n" for row in self.rows))
 
     def _write_records(self) -> None:
-        write_json(self.out / "config.json", self.settings.to_json())
-        self._write_metrics()
+        self.team.lead(lambda: write_json(self.out / "config.json", self.settings.to_json()))
+        self.team.lead(self._write_metrics)
+
+    def _export(self, job: Job, state: dict[str, Any]) -> None:
+        self.team.lead(lambda: save_atomically(self.out / f"{job.name}.pt", lambda path: _torch_save(state, path)))
 
     def _take(self, content: dict[str, Any]) -> None:
         """Goes on from a checkpoint's content.
@@ -247,6 +298,22 @@ class Trainer:
         self.report(f"\n{table(summary)}\n\n{files}")
 
 
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _held(team: Team, take: Callable[[], Folder]) -> Folder | None:
+    """The folder, in the process that holds it."""
+    folder = None
+
+    def hold() -> None:
+        nonlocal folder
+        folder = take()
+
+    team.lead(hold)
+    return folder
+
+
 def _torch_save(content: Any, path: Path) -> None:
     with open(path, "wb") as file:  # so that a full disk is an OSError
         torch.save(content, file)
@@ -282,7 +349,7 @@ def _settings_of(content: dict[str, Any]) -> Settings:
 
 
 def _check_record(config: Path, settings: Settings) -> None:
-    """config.json is a record and not an input: a difference is refused."""
+    """config.json is a record and not an input: a difference in what is the run's own is refused."""
     if not config.exists():
         return
     cure = f"put it back or delete it ({config.name} is a record; a run goes on with what its checkpoint says)"
@@ -293,7 +360,9 @@ def _check_record(config: Path, settings: Settings) -> None:
     except ValueError as error:
         raise ValueError(f"{config} is no JSON of settings ({error}): {cure}") from None
     ours = settings.to_json()
-    names = [n for n in {**ours, **found} if n != "out" and found.get(n, ...) != ours.get(n, ...)]
+    names = [
+        n for n in {**ours, **found} if n not in ("out", *OF_THE_MACHINE) and found.get(n, ...) != ours.get(n, ...)
+    ]
     if names:
         differences = ", ".join(f"{n} is {found.get(n)!r}, but the run has {ours.get(n)!r}" for n in names)
         raise ValueError(f"{config}: {differences}: {cure}")

@@ -235,6 +235,12 @@ def _decode_pickle(blob: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------------------------------------------------ batches
 
 
+def mixed(*numbers: int) -> int:
+    """A seed for a stream of its own for each tuple of numbers: 32 bits, which is all that torch's generator on the CPU takes
+    of a seed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 class Batches:
     """Turns uint8 images, held on the device, into augmented and normalised batches; on a GPU in one kernel each.
 
@@ -244,7 +250,7 @@ class Batches:
     Args:
         images: the data.
         batch_size: of training batches; the last, smaller one of an epoch is kept.
-        seed: every random number of epoch e follows from (seed, e).
+        seed: every random number of epoch e of copy j follows from (seed, e, j).
         device, memory_format, dtype: of the batches.
     """
 
@@ -295,8 +301,7 @@ class Batches:
     def begin(self, epoch: int, start: int = 0) -> None:
         """Makes batch number `start` of an epoch the next one."""
         count = len(self.images.train)
-        # One stream per (seed, epoch, copy); the multipliers keep neighbours apart.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch + self.copy * 2**40)
+        generator = torch.Generator().manual_seed(mixed(self.seed, epoch, self.copy))
         self._order.copy_(torch.randperm(count, generator=generator, device="cpu"))
         self._offsets.copy_(torch.randint(2 * PADDING + 1, (2, count), generator=generator, device="cpu"))
         self._mirrored.copy_(torch.rand(count, generator=generator, device="cpu") < (0.5 if self.images.flip else 0.0))

@@ -7,12 +7,14 @@ import platform
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..files import save_atomically
+from .team import Team
 
 try:
     import fcntl
@@ -71,6 +73,11 @@ class Folder:
     def previous(self) -> Path:
         return self.path / "checkpoint.previous.pt"
 
+    @staticmethod
+    def begun(path: Path) -> bool:
+        """Whether there is a run in a folder."""
+        return any((path / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt"))
+
     @classmethod
     def create(cls, path: Path, content: Content) -> "Folder":
         """A new folder that holds a checkpoint from the instant that it exists; or one that exists and holds none.
@@ -84,7 +91,7 @@ class Folder:
         if path.exists():
             folder = cls(path)
             try:
-                if folder.checkpoint.exists() or folder.previous.exists():
+                if cls.begun(path):
                     raise taken
                 folder.save(content)
             except OSError:
@@ -117,7 +124,7 @@ class Folder:
         """
         if not path.is_dir():
             raise FileNotFoundError(f"{path} is no run's folder: {'a file' if path.exists() else 'it does not exist'}")
-        if not any((path / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt")):
+        if not cls.begun(path):
             raise FileNotFoundError(f"{path} is no run's folder: it holds no checkpoint.pt to resume from")
         return cls(path)
 
@@ -126,32 +133,35 @@ class Folder:
         payload = sealed(content)
         save_atomically(self.checkpoint, lambda partial: partial.write_bytes(payload), keep=self.previous)
 
-    def load(self, take: Callable[[Content], Any], report: Callable[[str], None]) -> Any:
-        """What `take` makes of the newest checkpoint that is whole and that it does not refuse.
 
-        Args:
-            take: raises Refused for a content that is not to be used.
-            report: told if the newest does not serve, why, and what does; it is then set aside.
+def load(folder: Path, team: Team, take: Callable[[Content], Any], report: Callable[[str], None]) -> Any:
+    """What `take` makes, in all processes, of the newest checkpoint that is whole and that it does not refuse.
 
-        Raises:
-            Refused: none serves; says why.
-        """
-        refused: Refused | None = None
-        for path in (self.checkpoint, self.previous):
-            if not path.exists():
+    Args:
+        folder: which rank 0 holds; it reads, and hands what it read to the others.
+        take: raises Refused for a content that is not to be used.
+        report: told if the newest does not serve, why, and what does; it is then set aside.
+
+    Raises:
+        Refused: none serves; says why.
+    """
+    newest, previous, aside = (folder / f"checkpoint{what}.pt" for what in ("", ".previous", ".refused"))
+    refused: Refused | None = None
+    for path in (newest, previous):
+        try:
+            content = team.lead(partial(_unsealed_if_there, path))
+            if content is None:
                 continue
-            try:
-                taken = take(unsealed(path))
-            except Refused as error:
-                refused = refused or Refused(f"{path}: {error}")
-                continue
-            if refused:
-                aside = self.path / "checkpoint.refused.pt"
-                os.replace(self.checkpoint, aside)
-                report(f"{refused}; {path.name} serves instead, and {aside.name} is what did not")
-            return taken
-        assert refused is not None
-        raise refused
+            taken = team.together(partial(take, content))
+        except Refused as error:
+            refused = refused or Refused(f"{path}: {error}")
+            continue
+        if refused:
+            team.lead(lambda: os.replace(newest, aside))
+            report(f"{refused}; {path.name} serves instead, and {aside.name} is what did not")
+        return taken
+    assert refused is not None
+    raise refused
 
 
 def sealed(content: Content) -> bytearray:
@@ -161,6 +171,10 @@ def sealed(content: Content) -> bytearray:
     payload = bytearray(buffer.getbuffer())
     payload += _SEAL % hashlib.sha256(payload).hexdigest().encode()
     return payload
+
+
+def _unsealed_if_there(path: Path) -> Content | None:
+    return unsealed(path) if path.exists() else None
 
 
 def unsealed(path: Path) -> Content:

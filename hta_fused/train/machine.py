@@ -8,8 +8,11 @@ from .settings import Settings
 from .vgg import parameter_count
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings, processes: int | None = None) -> None:
     """Refuses threads, a device, or a network that are not to be had here.
+
+    Args:
+        processes: how many train here, a copy in each; None for one process with all copies.
 
     Raises:
         ValueError: beginning with the setting's name.
@@ -24,8 +27,16 @@ def check(settings: Settings) -> None:
         if int(number or 0) >= torch.cuda.device_count():
             last = torch.cuda.device_count() - 1
             raise ValueError(f"device must be from cuda:0 to cuda:{last}, got {settings.device!r}")
-    count, needed, there = parameter_count(settings.model, settings.batch_norm, settings.width), memory(settings), 0
-    if settings.torch_device.type == "cuda":
+    on_gpu = settings.torch_device.type == "cuda"
+    if on_gpu and processes and processes > torch.cuda.device_count():
+        raise ValueError(
+            f"device must be cpu where torchrun starts {processes} processes and torch sees {torch.cuda.device_count()} "
+            f"CUDA devices, got {settings.device!r}"
+        )
+    here = None if processes is None else 1 if on_gpu else processes
+    count, there = parameter_count(settings.model, settings.batch_norm, settings.width), 0
+    needed = memory(settings, here)
+    if on_gpu:
         there = torch.cuda.get_device_properties(settings.torch_device).total_memory
     elif hasattr(os, "sysconf"):
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -36,7 +47,8 @@ def check(settings: Settings) -> None:
         )
 
 
-def memory(settings: Settings) -> int:
-    """Bytes that parameters, gradients, momenta and the anchor take; activations and images come on top."""
-    tensors = 3 if settings.method == "sgd" else 3 * settings.copies + 1
+def memory(settings: Settings, copies: int | None = None) -> int:
+    """Bytes that parameters, gradients, momenta and the anchor take, of some or of all copies; activations and images come on
+    top."""
+    tensors = 3 if settings.method == "sgd" else 3 * (copies or settings.copies) + 1
     return 4 * tensors * parameter_count(settings.model, settings.batch_norm, settings.width)

@@ -3,6 +3,7 @@
 Imports the package's optimizer and copies; knows nothing of batches and runs.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,27 +15,34 @@ from ..partition import BY_NAME
 from ..replicas import Replicas
 from .graphs import Plan
 from .settings import Settings
+from .team import Team
 
 State = dict[str, Any]
 Scale = Callable[[Tensor], Tensor]
 
 
 class Coupled:
-    """Trains copies of a network, pulled together as L falls, until L_schedule is over.
+    """Trains copies of a network, pulled together as L falls, until L_schedule is over; in a team one in each process.
 
     Attributes:
-        networks: what is trained.
+        networks: what is trained here.
+        numbers: theirs, among all `count` of them.
         optimizer: steps all of them.
         L: of this epoch; 0 where there is one network.
         distance: between the copies; 0 where there is one network.
         skipped: steps so far that a gradient which was not finite kept from being taken.
     """
 
-    def __init__(self, settings: Settings, model: nn.Module):
+    def __init__(self, settings: Settings, model: nn.Module, team: Team):
         self.settings = s = settings
+        self.team = team
         partition = BY_NAME[s.partition](model, None if s.part == "all" else s.part, blocks=s.copies)
-        self.replicas = Replicas(model, s.copies, partition, s.anchor, s.start, compute_dtype=s.compute_dtype)
+        self.replicas = Replicas(
+            model, s.copies, partition, s.anchor, s.start, compute_dtype=s.compute_dtype, group=team.group
+        )
         self.networks = self.replicas.copies
+        self.count = s.copies
+        self.numbers = range(s.copies) if team.group is None else range(team.rank, team.rank + 1)
         self.optimizer = HomotopySGD(
             self.replicas, s.lr, s.momentum, s.weight_decay, L=s.L_schedule(0), mode=s.mode, capturable=s.captures
         )
@@ -72,7 +80,22 @@ class Coupled:
         return list(self.replicas.backward(loss, *batches, scale=scale, concurrent=self.settings.captures))
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
+        if self.team.group is not None and (scaler.is_enabled() or math.isinf(self.L)):
+            self._spoil_together()
         scaler.step(self.optimizer)
+
+    def _spoil_together(self) -> None:
+        """Makes every copy's gradient infinite where one copy's is not finite: all scalers are to come down, and copies that
+        do not meet are to skip the step too, as they do in one process."""
+        assert self.replicas.processes is not None
+        grads = self.replicas.grads
+        finite = torch.linalg.vector_norm(grads, math.inf).isfinite()
+        spoilt = self.replicas.processes.largest_((~finite).float().reshape(1)) > 0
+        grads[0, :1] = torch.where(spoilt, math.inf, grads[0, :1])
+
+    def everyones(self, of_each: list[Any]) -> list[Any]:
+        """What is said of each network here, of all."""
+        return [of_one for part in self.team.gather(of_each) for of_one in part]
 
     def mean(self) -> nn.Module:
         """One network from all, as it is tested."""
@@ -92,16 +115,59 @@ class Coupled:
         return merged
 
     def state(self) -> State:
-        return {"networks": self.replicas.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """Of all copies, one process's or a team's; in a team rank 0's counts."""
+        own = {"networks": self.replicas.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return own if self.team.group is None else _united(self.team.gather_for_rank_0(_on_host(own)))
 
     def load_state(self, state: State) -> None:
+        if self.team.group is not None:
+            state = _part(state, self.numbers[0], self.count)
         self.replicas.load_state_dict(state["networks"])
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-class Merged:
-    """Trains one network by SGD: what a homotopy run does once L is 0, and an SGD run from the start. See Coupled."""
+def _on_host(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _on_host(value) for key, value in state.items()}
+    return state.cpu() if isinstance(state, Tensor) else state
 
+
+# torch numbers an optimizer's parameters: copy 0's come first, then copy 1's, and so on.
+def _united(parts: list[State]) -> State:
+    """One process's state with all copies, from the states of processes with one each."""
+    (group,) = parts[0]["optimizer"]["param_groups"]
+    count = len(group["params"])
+    state = {
+        rank * count + key: entry
+        for rank, part in enumerate(parts)
+        for key, entry in part["optimizer"]["state"].items()
+    }
+    return {
+        "networks": {key: value for part in parts for key, value in part["networks"].items()},
+        "optimizer": {"state": state, "param_groups": [group | {"params": list(range(count * len(parts)))}]},
+    }
+
+
+def _part(state: State, rank: int, copies: int) -> State:
+    """The inverse of `_united`: what is of copy number `rank`, of so many, and of all."""
+    (group,) = state["optimizer"]["param_groups"]
+    count = len(group["params"]) // copies
+    entries = state["optimizer"]["state"]
+    own = {key: entries[rank * count + key] for key in range(count) if rank * count + key in entries}
+    prefix = f"copies.{rank}."
+    return {
+        "networks": {k: v for k, v in state["networks"].items() if k.startswith((prefix, "anchor", "_extra_state"))},
+        "optimizer": {"state": own, "param_groups": [group | {"params": list(range(count))}]},
+    }
+
+
+class Merged:
+    """Trains one network by SGD: what a homotopy run does once L is 0, and an SGD run from the start. See Coupled.
+
+    In a team all processes do the same, and what rank 0's say counts.
+    """
+
+    count, numbers = 1, range(1)
     L = 0.0
     distance = 0.0
     skipped = 0  # torch's SGD takes every step that no GradScaler withholds
@@ -137,6 +203,9 @@ class Merged:
             self._plan.advance()
         scaler.step(self.optimizer)
 
+    def everyones(self, of_each: list[Any]) -> list[Any]:
+        return of_each
+
     def mean(self) -> nn.Module:
         return self.networks[0]
 
@@ -158,7 +227,7 @@ class Merged:
 Phase = Coupled | Merged
 
 
-def phase_at(settings: Settings, method: str, epoch: int, model: nn.Module) -> Phase:
+def phase_at(settings: Settings, method: str, epoch: int, model: nn.Module, team: Team) -> Phase:
     """The phase that trains `epoch` of a run by `method` ("hta" or "sgd"), around a new model."""
     coupled = method == "hta" and epoch < settings.L_schedule.epochs
-    return Coupled(settings, model) if coupled else Merged(settings, model)
+    return Coupled(settings, model, team) if coupled else Merged(settings, model)

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Batches, Images
+from .data import Batches, Images, mixed
 from .graphs import Graphed
 from .phases import Phase, phase_at
 from .settings import Settings
+from .team import ALONE, Team
 from .vgg import VGG
 
 
@@ -40,6 +41,7 @@ class Run:
         batches: the data.
         report: takes a line of text for the user.
         saved: a `state` to go on from.
+        team: the processes that train the copies, one each.
     """
 
     def __init__(
@@ -49,16 +51,15 @@ class Run:
         batches: Batches,
         report: Callable[[str], None] = print,
         saved: dict[str, Any] | None = None,
+        team: Team = ALONE,
     ):
         self.settings, self.job, self.batches, self.report = settings, job, batches, report
-        own = job.method == "hta" and settings.batches == "own"
-        self.streams = [batches.of_copy(number) for number in range(settings.copies if own else 1)]
         self.epoch: int = saved["epoch"] if saved else 0
         self.batch: int = saved["batch"] if saved else 0  # the next one's number
-        self.skipped: int = saved["skipped"] if saved else 0  # steps of the phase, when the epoch began
+        self.skipped = 0  # steps of the phase, when the epoch began
         torch.manual_seed(job.seed)
         self.scaler = torch.amp.GradScaler(settings.torch_device.type, enabled=settings.precision == "fp16")
-        self._enter(phase_at(settings, job.method, self.epoch, network(settings)))
+        self._enter(phase_at(settings, job.method, self.epoch, network(settings), team))
         if saved is not None:
             self._load(saved)
 
@@ -67,10 +68,9 @@ class Run:
         return {
             "epoch": self.epoch,
             "batch": self.batch,
-            "skipped": self.skipped,
-            "losses": self.losses,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state() if self.losses.is_cuda else None,
+            "skipped": self.phase.skipped - self.skipped,
+            "losses": torch.tensor(self.phase.everyones(self.losses.tolist()), dtype=torch.float64, device="cpu"),
+            "random_cuda": torch.cuda.get_rng_state() if self.settings.captures else None,
             "phase": self.phase.state(),
             "scaler": self.scaler.state_dict(),
         }
@@ -78,17 +78,19 @@ class Run:
     def _load(self, saved: dict[str, Any]) -> None:
         self.phase.load_state(saved["phase"])
         self._enter(self.phase)  # its learning rate may lie elsewhere now
-        if saved["losses"].shape != self.losses.shape:  # which copy_ might repeat
-            raise ValueError(f"losses has shape {tuple(saved['losses'].shape)}, expected {tuple(self.losses.shape)}")
-        self.losses.copy_(saved["losses"])
+        if saved["losses"].shape != (self.phase.count,):  # which copy_ might repeat
+            raise ValueError(f"losses has shape {tuple(saved['losses'].shape)}, expected {(self.phase.count,)}")
+        self.losses.copy_(saved["losses"][self.phase.numbers])
+        self.skipped = -saved["skipped"]  # the phase counts from here
         self.scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["random"])
-        if self.losses.is_cuda and saved["random_cuda"] is not None:
+        if self.settings.captures and saved["random_cuda"] is not None:
             torch.cuda.set_rng_state(saved["random_cuda"])
 
     def _enter(self, phase: Phase) -> None:
         """Goes on with other networks, whose step is to be captured anew."""
         self.phase = phase
+        own = self.settings.batches == "own"
+        self.streams = [self.batches.of_copy(number) for number in phase.numbers] if own else [self.batches]
         self.losses = torch.zeros(len(phase.networks), dtype=torch.float64, device=self.settings.torch_device)
         self.graphed: Graphed | None = None
         if self.settings.captures:
@@ -140,8 +142,16 @@ class Run:
     def step(self, size: int) -> None:
         """One batch: forward and backward of every network, and the update. Waits for nothing, so that it can be captured."""
         batches = [stream.next(size) for stream in self.streams]
+        numbers = iter(self.phase.numbers)
+
+        def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            number = next(numbers)
+            if not self.settings.captures:  # dropout's: the same, whichever process has the copy
+                torch.manual_seed(mixed(self.job.seed, self.epoch, number, self.batch))
+            return self.loss(net, batch)
+
         self.phase.optimizer.zero_grad()
-        losses = self.phase.backward(self.loss, batches, self.scaler.scale)
+        losses = self.phase.backward(loss, batches, self.scaler.scale)
         self.phase.step(self.scaler)
         self.scaler.update()
         self.losses += size * torch.stack(losses)
@@ -160,8 +170,13 @@ class Run:
             A row of metrics. Keys that end in a number are one network's; `test_loss` and `test_accuracy` are those of
             the networks' mean, `train_loss` is the mean of theirs.
         """
-        phase, settings, copies = self.phase, self.settings, len(self.phase.networks)
-        losses = (self.losses / self.images_seen).tolist()
+        phase, settings, copies = self.phase, self.settings, self.phase.count
+        measured = phase.everyones(
+            [
+                (loss, *evaluate(net, self.batches, settings))
+                for net, loss in zip(phase.networks, (self.losses / self.images_seen).tolist(), strict=True)
+            ]
+        )
         row: dict[str, Any] = {
             "run": self.job.label,
             "seed": self.job.seed,
@@ -174,11 +189,10 @@ class Run:
             "images_per_second": copies * self.images_seen / seconds if seconds > 0 else 0.0,
             "seconds": seconds,
             "skipped": phase.skipped - self.skipped,  # steps, for a gradient that was not finite
-            "train_loss": sum(losses) / copies,
+            "train_loss": sum(loss for loss, _, _ in measured) / copies,
         }
-        for number, (net, loss) in enumerate(zip(phase.networks, losses, strict=True)):
-            row[f"train_loss_{number}"] = loss
-            row[f"test_loss_{number}"], row[f"test_accuracy_{number}"] = evaluate(net, self.batches, settings)
+        for number, of_copy in enumerate(measured):
+            row[f"train_loss_{number}"], row[f"test_loss_{number}"], row[f"test_accuracy_{number}"] = of_copy
         self.epoch, self.batch = self.epoch + 1, 0
         with settings.autocast():
             following = phase.following(self.epoch, (images for images, _ in self.batches.unaugmented("train")))

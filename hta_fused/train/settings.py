@@ -19,6 +19,7 @@ from ..ops import rules_of
 from ..proposals import SGD
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OF_THE_MACHINE = ("data_dir", "download", "device", "graph", "threads", "timeout")  # may change where a run goes on
 MOST = 10**6  # epochs, images in a batch, ...: beyond it a number is a slip of the keyboard
 
 
@@ -87,6 +88,7 @@ class Settings:
     device: str = flag("auto", "machine", "DEVICE", "auto, cpu, cuda or cuda:N")
     graph: bool = flag(True, "machine", "", "capture a GPU's step in a CUDA graph")
     threads: int = flag(0, "machine", "THREADS", "on the CPU; 0: torch's choice")
+    timeout: float = flag(600.0, "machine", "SECONDS", "under torchrun, how long to wait for others")
 
     out: Path | None = flag(None, "output", "FOLDER", "for results; by default a new one in runs/")  # noqa: RUF009
 
@@ -101,10 +103,10 @@ class Settings:
             if not 0 <= getattr(self, name) < math.inf:
                 wanted = "not be negative" if getattr(self, name) < 0 else "be finite"
                 raise ValueError(f"{name} must {wanted}, got {getattr(self, name)}")
-        for name in ("lr", "width", "L_step"):
+        for name in ("lr", "width", "L_step", "timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        limits = {"copies": MAX_COPIES, "seed": 2**32 - 1, "width": 10**12}
+        limits = {"copies": MAX_COPIES, "seed": 2**32 - 1, "width": 10**12, "timeout": MOST}
         for name, most in ({name: MOST for name in (*counts, "decoupled")} | limits).items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
