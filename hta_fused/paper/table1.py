@@ -278,10 +278,10 @@ class Budget:
 
 
 def rival(search: Callable[[Budget, np.ndarray, int], Any]) -> Callable[[problems.Function, Tensor, float], Row]:
-    """One of scipy's global searches as a method: from every point until the budget is spent, then BFGS from the best.
+    """One of scipy's global searches as a method: from every point until the budget is spent.
 
-    8 evaluations a variable, about what quasi-Newton takes, are kept for that last BFGS, without which a search that
-    knows no gradients finds no minimum to within HIT.
+    8 evaluations a variable, about what quasi-Newton takes, are kept for BFGS from the best point, without which a
+    search that knows no gradients finds no minimum to within HIT. With what BFGS leaves of them the search begins again.
     """
 
     def method(f: problems.Function, points: Tensor, budget: float) -> Row:
@@ -295,6 +295,7 @@ def rival(search: Callable[[Budget, np.ndarray, int], Any]) -> Callable[[problem
             spent.allowed = budget
             with suppress(Spent):
                 minimize(spent.both, spent.best_x, jac=True, method="BFGS")
+                search(spent, spent.best_x, seed)
             hits += spent.best < HIT
             evaluations.append(spent.objective.evaluations)
         return {"hits": hits, "steps": math.nan, "evaluations": float(np.mean(evaluations))}
