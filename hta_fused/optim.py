@@ -323,11 +323,13 @@ class CoupledOptimizer(FlatState):
         """Brings the rules on the device up to date with param_groups; `step` does so unless it is captured."""
         step = self._steps + 1
         settings = [self._group_settings(group) for group in self.param_groups]
-        known = (settings, self._clock(step))
-        if known == self._known:
-            return
         changed = self._known is None or settings != self._known[0]
         made = [self._made_of(group) for group in self.param_groups] if changed else self._made
+        # What of the step's number the rules depend on: AdamW's on all of it, SGD's on whether a period ends.
+        clock = [step % coupling.every == 0 if isinstance(proposal, SGD) else step for proposal, coupling in made]
+        known = (settings, clock)
+        if known == self._known:
+            return
         values = self._values_of(made, step)
         if changed and (self._buffer_names(), self._kind()) != (self._needed, (self._explicit, self._moves_anchor)):
             self._make_buffers()  # a momentum that was 0, another mode, an average that got a pull
@@ -481,12 +483,6 @@ class CoupledOptimizer(FlatState):
             for k, v in group.items()
             if k not in ("params", "steps", "initial_lr") and (not isinstance(v, Tensor) or k in self.defaults)
         ]
-
-    def _clock(self, step: int) -> Any:
-        """What of the step's number the rules depend on: AdamW's on all of it, SGD's on whether a period ends."""
-        if not isinstance(self.proposal, SGD):
-            return step
-        return [step % group["every"] == 0 for group in self.param_groups]
 
     def _values_at(self, step: int, **changed: Any) -> Tensor:
         """The rules of every group at a step, in the kernels' arithmetic, on the CPU."""

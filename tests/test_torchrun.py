@@ -236,7 +236,7 @@ def test_what_differs_between_processes_is_named_in_all_of_them(tmp_path):
     assert version == "the version of hta_fused must be the same in all processes, got 8 on rank 0, 7 on rank 1"
     assert images.startswith("the images must be the same in all processes")
     assert no_images == "rank 1: no images here"
-    assert model.startswith("the model's parameters must be the same in all processes")
+    assert model.startswith("parameter 'features.3.weight' must be the same in all processes")
     assert copies == "copies is 3, but there are 2 processes: start 3, or one without torchrun"
     assert made == "True"  # by the run whose models differed, which is found out as it begins
     assert "No space left on device" in full

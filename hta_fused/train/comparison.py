@@ -104,8 +104,13 @@ class Trainer:
         else:
             self._folder, content = _begun
             team.together(lambda: self._take(content))
-        self._write_records()
-        self._tensorboard = _tensorboard(self.out) if team.leads else None
+        try:
+            self._write_records()
+            self._tensorboard = _tensorboard(self.out) if team.leads else None
+        except BaseException:
+            if self._folder is not None:
+                self._folder.close()
+            raise
 
     @classmethod
     def resume(

@@ -70,7 +70,7 @@ class Run:
             "batch": self.batch,
             "skipped": self.phase.skipped - self.skipped,
             "losses": torch.tensor(self.phase.everyones(self.losses.tolist()), dtype=torch.float64, device="cpu"),
-            "random_cuda": torch.cuda.get_rng_state() if self.settings.captures else None,
+            "random_cuda": torch.cuda.get_rng_state() if self.losses.is_cuda else None,
             "phase": self.phase.state(),
             "scaler": self.scaler.state_dict(),
         }
@@ -83,7 +83,7 @@ class Run:
         self.losses.copy_(saved["losses"][self.phase.numbers])
         self.skipped = -saved["skipped"]  # the phase counts from here
         self.scaler.load_state_dict(saved["scaler"])
-        if self.settings.captures and saved["random_cuda"] is not None:
+        if self.losses.is_cuda and saved["random_cuda"] is not None:
             torch.cuda.set_rng_state(saved["random_cuda"])
 
     def _enter(self, phase: Phase) -> None:
@@ -146,7 +146,7 @@ class Run:
 
         def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             number = next(numbers)
-            if not self.settings.captures:  # dropout's: the same, whichever process has the copy
+            if not (self.settings.captures and self.losses.is_cuda):  # a graph draws as it did when it was captured
                 torch.manual_seed(mixed(self.job.seed, self.epoch, number, self.batch))
             return self.loss(net, batch)
 
