@@ -146,7 +146,8 @@ class Run:
 
         def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             number = next(numbers)
-            if not (self.settings.captures and self.losses.is_cuda):  # a graph draws as it did when it was captured
+            if not (self.settings.captures and self.losses.is_cuda):
+                # Dropout's: the same, whichever process has the copy. A graph's generator goes on by itself.
                 torch.manual_seed(mixed(self.job.seed, self.epoch, number, self.batch))
             return self.loss(net, batch)
 
