@@ -4,6 +4,7 @@ Everything goes through torch.distributed: gloo for CPU tensors, NCCL for CUDA o
 checks.py, ops.py and the kernels.
 """
 
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,11 +48,19 @@ class Processes:
             raise TypeError(f"group must be a process group or a DeviceMesh, got {shown(group)}")
         if communicate not in _WIRE:
             raise ValueError(f"communicate must be one of {', '.join(_WIRE)}, got {shown(communicate)}")
-        self.group = group
+        self._group = weakref.ref(group)  # held at the interpreter's end, gloo's threads would abort the process
         self.communicate = communicate
         self.rank, self.size = group.rank(), group.size()
         if self.size > MAX_COPIES:
             raise ValueError(f"group must have at most {MAX_COPIES} processes, got {self.size}")
+
+    @property
+    def group(self) -> Any:
+        """The process group, which torch.distributed holds until it is destroyed."""
+        group = self._group()
+        if group is None:
+            raise RuntimeError("group must be alive, but destroy_process_group() has ended it")
+        return group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Processes":
         return self
@@ -129,12 +138,7 @@ class Sending:
 
 
 class StepAcross:
-    """A coupled step whose copies lie one in each process: propose, add up over the processes, share.
-
-    Args:
-        processes: those, this one's number among them.
-        params, anchor, low: this process's copy, [N]; low: it again in low precision; anchor, low: or None.
-    """
+    """A coupled step whose copies lie one in each process: propose, add up over the processes, share."""
 
     def __init__(self, processes: Processes):
         self.processes = processes
@@ -160,6 +164,12 @@ class StepAcross:
         self._alike = bool((own == own[:, :1]).all())
         if self._alike:
             self._own = torch.cat([self._own[:, :NUMBERS], own[:, :2].flatten(1)], 1)
+        # An explicit coupling gathers all copies; its gradient, sign and all, then joins the loss's before the step, which
+        # is that of a copy by itself.
+        self._gathers = explicit and self.meets
+        if self._gathers:
+            self._own[:, 0] = 1.0
+            self._own[:, NUMBERS:].view(len(rules), -1, RULE)[..., :4] = torch.tensor([0.0, 1.0, 0.0, 0.0])
         self._there: Tensor | None = None  # on the copy's device
 
     def __call__(
@@ -169,20 +179,16 @@ class StepAcross:
     ) -> None:  # fmt: skip
         """The step of this process's copy, [N] buffers; the other arguments are the step op's. `stats`: of this copy, with no
         distances between copies, and the skipped step counted."""
-        gathers = self.explicit and self.meets
-        labels_matter = not self._alike
+        gathers, labels_matter = self._gathers, not self._alike
         patterns = (codes, labels, seed) if labels_matter else (codes * codes.new_tensor([1, 0]), None, None)
-        given, low_rows, centre_sum, rules = grads, low, None, self._own
+        given, low_rows, centre_sum = grads, low, None
         if gathers:
             given, centre_sum = self._explicit_grads(
                 params, grads, anchor, moves_anchor, codes, labels, seed, grad_scale
             )
             grad_scale, low_rows = None, None  # a gradient in the copies' own precision has none in a lower one
-            rules = rules.clone()
-            rules[:, 0] = 1.0  # the sign is in the gradient
-            rules[:, NUMBERS:].view(len(rules), -1, RULE)[..., :4] = torch.tensor([0.0, 1.0, 0.0, 0.0])
         if self._there is None or self._there.device != params.device:
-            self._there = rules.to(params.device)
+            self._there = self._own.to(params.device)
         rules = self._there
 
         def run(part: slice, phase: int, stats: Tensor, sums: Tensor | None) -> None:

@@ -92,7 +92,6 @@ class FlatCopies(nn.Module):
                 elif parameter.grad is not view:
                     parameter.grad = view
 
-    @torch.no_grad()  # backward(create_graph=True) leaves gradients with a graph
     def collect_grads(self) -> None:
         """Brings gradients that were put elsewhere (by `model.zero_grad()`, say) into the flat buffer; None counts as 0.
 
@@ -101,6 +100,11 @@ class FlatCopies(nn.Module):
                 added, or is frozen in some copies only.
         """
         self.check()
+        self.collect_grads_unchecked()
+
+    @torch.no_grad()  # backward(create_graph=True) leaves gradients with a graph
+    def collect_grads_unchecked(self) -> None:
+        """As `collect_grads`, for those who have just called `check`."""
         views_of_others, others, moved = [], [], []
         reached = [
             before != sum(map(_VERSION, views))

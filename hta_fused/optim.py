@@ -221,7 +221,7 @@ class CoupledOptimizer(FlatState):
             self._follow()
             if self._planned is None:
                 self.refresh()  # raises for bad settings before anything is written
-        replicas.collect_grads()
+        replicas.collect_grads_unchecked()
         if self._planned is not None:
             self.rules.view(-1).copy_(self._planned.index_select(0, self._cursor)[0])
             self._cursor += 1

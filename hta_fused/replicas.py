@@ -341,8 +341,8 @@ class Replicas(FlatCopies):
 
     @torch.no_grad()
     def merge(self, loader: Iterable[Any] | None = None) -> nn.Module:
-        """A new module with the copies' mean, floating-point buffers and frozen parameters too. At L = 0 the copies are equal. With a group all
-        processes must ask, and each gets it.
+        """A new module with the copies' mean, floating-point buffers and frozen parameters too. At L = 0 the copies are
+        equal. With a group all processes must ask, and each gets it.
 
         Args:
             loader: batches of inputs (or tuples that start with them) over which batch-norm statistics are estimated
