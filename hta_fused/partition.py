@@ -111,6 +111,11 @@ class Partition:
 
         return cls._label(model, label, part, "layer_blocks", "fully connected layer", blocks)
 
+    @classmethod
+    def none(cls, model: nn.Module, part: Part | None = None, *, blocks: int = 2) -> "Partition":
+        """No blocks: all parameters are coupled and none is anchored."""
+        return cls._label(model, lambda name, owner, p: None, None, "none", None, blocks)
+
     conv_halves, layer_halves = conv_blocks, layer_blocks  # the paper's cases, two blocks
 
     @classmethod
@@ -366,6 +371,7 @@ BY_NAME: dict[str, Callable[..., Partition]] = {
     "random": Partition.random,
     "random_units": partial(Partition.random, by="unit"),
     "hashed": Partition.hashed,
+    "none": Partition.none,
     "conv_halves": Partition.conv_blocks,  # the paper's names, of two blocks
     "layer_halves": Partition.layer_blocks,
 }

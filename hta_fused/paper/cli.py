@@ -1,39 +1,53 @@
-"""hta-reproduce: the paper's small experiments, each a table in the terminal, a CSV and a picture.
+"""hta-reproduce: the paper's experiments, each a table in the terminal, a CSV and a picture.
 
 Everything is seeded.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from ..terminal import Parser
-from . import convergence, figure1, quadratic, table1
+from ..terminal import FAILURE, Parser
+from ..train import machine
+from . import convergence, figure1, networks, quadratic, table1
+from .runs import Scale
 
-EXPERIMENTS: dict[str, Callable[[Path, bool], None]] = {
+# Those that take minutes at most, and those that train networks.
+SMALL: dict[str, Callable[[Path, bool], None]] = {
     "table1": table1.run,
     "figure1": figure1.run,
     "convergence": convergence.run,
     "path": quadratic.run,
 }
-
+TRAINED: dict[str, Callable[[Path, Scale], None]] = {
+    "table2": networks.table2,
+    "table3": networks.table3,
+    "figure2": networks.figure2,
+    "figure3": networks.figure3,
+    "dropout": networks.dropout,
+}
 
 HELP = {
     "table1": "hits of the global minimum: quasi-Newton, homotopy",
     "figure1": "the paths of θ and η on a surface, and L falling",
     "convergence": "theorems 3.2 and 3.1 in numbers",
     "path": "a quadratic's path: exact, tracked, trained",
+    "table2": "VGG11 to VGG19 on CIFAR-10: SGD, HTA",
+    "table3": "VGG11 and VGG13, homotopy on the convolutions",
+    "figure2": "VGG13, homotopy on the fully connected layers",
+    "figure3": "Table 3's networks over the epochs: SGD, HTA",
+    "dropout": "the coupling with dropout, beside plain dropout",
 }
 EXAMPLES = """\
 examples:
   hta-reproduce table1 --out runs/table1
-  hta-reproduce figure1 --quick --out runs/figure1"""
+  hta-reproduce figure1 --quick --out runs/figure1
+  hta-reproduce table2 --scale cpu --data-dir data --out runs/table2"""
 
 
 def main(argv: list[str] | None = None) -> None:
     """The entry point of `hta-reproduce`."""
-    description = (
-        "The paper's small experiments, each a table in the terminal, a CSV and a\npicture. Everything is seeded."
-    )
+    description = "The paper's experiments, each a table in the terminal, a CSV and a picture.\nEverything is seeded."
     terminal = Parser(
         "hta-reproduce", usage="hta-reproduce EXPERIMENT --out FOLDER", description=description, epilog=EXAMPLES
     )
@@ -43,15 +57,36 @@ def main(argv: list[str] | None = None) -> None:
     for name, about in HELP.items():
         one = experiments.add_parser(name, help=about, description=f"hta-reproduce {name}: {about}.")
         one.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="for the CSV and the pictures")
-        one.add_argument("--quick", action="store_true", help="a few points and steps: that everything runs")
+        if name in SMALL:
+            one.add_argument("--quick", action="store_true", help="a few points and steps: that everything runs")
+            continue
+        one.add_argument(
+            "--scale", choices=list(networks.SCALES), default="cpu", metavar="SCALE",
+            help="quick: a minute; [cpu]: under an hour on two cores; full: the paper's 300 epochs, for a GPU",
+        )  # fmt: skip
+        one.add_argument("--data-dir", metavar="FOLDER", type=Path, default=Path("data"), help="where CIFAR-10 lies")
+        one.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N, instead of the scale's")
     options = terminal.parse_args(argv)
     terminal.need("matplotlib", "scipy", "sklearn", "tqdm")
     terminal.check_folder("--out", options.out)
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        EXPERIMENTS[options.experiment](options.out, options.quick)
-    except OSError as error:
-        terminal.fail(error)
+        if options.experiment in SMALL:
+            options.out.mkdir(parents=True, exist_ok=True)
+            SMALL[options.experiment](options.out, options.quick)
+        else:
+            terminal.check_folder("--data-dir", options.data_dir, written=False)
+            scale = networks.SCALES[options.scale]
+            settings = replace(
+                scale.settings, data_dir=options.data_dir, device=options.device or scale.settings.device
+            )
+            machine.check(settings)
+            options.out.mkdir(parents=True, exist_ok=True)
+            TRAINED[options.experiment](options.out, replace(scale, settings=settings))
+    except KeyboardInterrupt:
+        terminal.say("stopped; the same command goes on")
+        raise SystemExit(130) from None
+    except (OSError, ValueError, FloatingPointError) as error:
+        terminal.fail(error, FAILURE)
     print(f"{options.out}: " + ", ".join(sorted(p.name for p in options.out.iterdir())))
 
 

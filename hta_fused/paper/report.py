@@ -11,11 +11,11 @@ from ..files import save_atomically
 Row = dict[str, Any]
 
 
-def progress(items: Iterable[Any], caption: str) -> Iterable[Any]:
+def progress(items: Iterable[Any], caption: str, total: int | None = None) -> Iterable[Any]:
     """The items, with a bar in a terminal."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=caption, leave=False, disable=not sys.stderr.isatty())
+    return tqdm(items, desc=caption, total=total, leave=False, disable=not sys.stderr.isatty())
 
 
 def say(text: str) -> None:

@@ -281,10 +281,10 @@ def _trainer(settings: Settings, given: dict[str, Any], new: bool, callbacks: di
         if not (again and team.lead(lambda: Folder.begun(out))):
             return Trainer(settings, **callbacks), False
     trainer = Trainer.resume(out, {k: v for k, v in given.items() if k in OF_THE_MACHINE}, **callbacks)
-    for name in FLAGS if new else ():
-        wanted, held = getattr(settings, name), getattr(trainer.settings, name)
-        if name not in ("out", *OF_THE_MACHINE) and wanted != held:
-            raise ValueError(f"{out} already holds another run, whose {name} is {held}: choose another --out")
+    name = settings.difference(trainer.settings) if new else None
+    if name:
+        held = getattr(trainer.settings, name)
+        raise ValueError(f"{out} already holds another run, whose {name} is {held}: choose another --out")
     return trainer, True
 
 

@@ -33,7 +33,7 @@ def jobs(settings: Settings) -> list[Job]:
     if settings.method == "compare":
         kinds.append(("SGD, equal work", "sgd", settings.epochs + (settings.copies - 1) * settings.L_schedule.epochs))
     if settings.method != "sgd":
-        kinds.append(("HTA", "hta", settings.epochs))
+        kinds.append(("HTA" if settings.coupling == "homotopy" else "local SGD", "hta", settings.epochs))
     return [Job(*kind, seed) for seed in range(settings.seed, settings.seed + settings.seeds) for kind in kinds]
 
 
@@ -211,7 +211,8 @@ class Trainer:
         self.rows.append(self.team.lead(lambda: row))
         if self._tensorboard is not None:
             for key in ("train_loss", "test_loss", "test_accuracy", "distance", "lr", "L"):
-                self._tensorboard.add_scalar(f"{run.job.name}/{key}", row[key], row["epoch"])
+                if row[key] is not None:
+                    self._tensorboard.add_scalar(f"{run.job.name}/{key}", row[key], row["epoch"])
         self.report(describe(row, run.job.epochs))
         return True
 
@@ -220,7 +221,7 @@ class Trainer:
         last = mine[-PATIENCE:]
         if len(last) < min(PATIENCE, job.epochs):
             return
-        if any(math.isfinite(row["train_loss"]) and math.isfinite(row["test_loss"]) for row in last):
+        if any(math.isfinite(row["train_loss"]) and math.isfinite(row["test_loss"] or 0.0) for row in last):
             return
         s = self.settings
         advice = f"lower --lr (it is {s.lr:g})"

@@ -11,7 +11,7 @@ import pickle
 import tarfile
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,25 @@ class Images:
         for tensor in (self.train, self.train_labels, self.test, self.test_labels):
             digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()[:16]
+
+    def drawn(self, count: int, seed: int, validate: bool = False) -> "Images":
+        """`count` of the training images, drawn by `seed`. With `validate` as many others as there are test images, or all
+        that are left, stand in for these.
+
+        Raises:
+            ValueError: there are fewer, or none are left to validate on.
+        """
+        total = len(self.train)
+        if count > total - validate:
+            raise ValueError(
+                f"train_images must be at most {total - validate}{' to leave some to validate on' * validate}, got {count}"
+            )
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(mixed(seed)), device="cpu")
+        own = replace(self, train=self.train[order[:count]], train_labels=self.train_labels[order[:count]])
+        if validate:
+            others = order[count : count + len(self.test)]
+            own.test, own.test_labels = self.train[others], self.train_labels[others]
+        return own
 
 
 def load(dataset: str, data_dir: Path = Path("data"), download: bool = False) -> Images:

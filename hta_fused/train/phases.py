@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..optim import HomotopySGD
+from ..optim import CoupledOptimizer
 from ..partition import BY_NAME
+from ..proposals import SGD
 from ..replicas import Replicas
+from .data import mixed
 from .graphs import Plan
 from .settings import Settings
 from .team import Team
@@ -28,7 +30,7 @@ class Coupled:
         networks: what is trained here.
         numbers: theirs, among all `count` of them.
         optimizer: steps all of them.
-        L: of this epoch; 0 where there is one network.
+        L: of this epoch; NaN where the coupling has none, 0 where there is one network.
         distance: between the copies; 0 where there is one network.
         skipped: steps so far that a gradient which was not finite kept from being taken.
     """
@@ -43,13 +45,9 @@ class Coupled:
         self.networks = self.replicas.copies
         self.count = s.copies
         self.numbers = range(s.copies) if team.group is None else range(team.rank, team.rank + 1)
-        self.optimizer = HomotopySGD(
-            self.replicas, s.lr, s.momentum, s.weight_decay, L=s.L_schedule(0), mode=s.mode, capturable=s.captures
-        )
-
-    @property
-    def L(self) -> float:
-        return self.optimizer.L
+        self.L = s.L_at(0)
+        sgd = SGD(s.lr, s.momentum, s.weight_decay)
+        self.optimizer = CoupledOptimizer(self.replicas, sgd, s.coupling_at(self.L), capturable=s.captures)
 
     @property
     def distance(self) -> float:
@@ -59,11 +57,14 @@ class Coupled:
     def skipped(self) -> int:
         return self.optimizer.stats.skipped
 
-    def start_epoch(self, epoch: int) -> None:
-        """To be called before an epoch's first step, and after `load_state`."""
-        self.optimizer.L = self.settings.L_schedule(epoch)
-        if self.settings.partition == "hashed":
-            self.replicas.partition.resample(self.settings.seed + epoch)
+    def start_epoch(self, epoch: int, batch: int) -> None:
+        """To be called before the step of an epoch's batch number `batch`: of its first, and after `load_state`."""
+        s = self.settings
+        self.L = s.L_at(epoch)
+        self.optimizer.coupling = s.coupling_at(self.L)
+        if s.partition == "hashed":
+            seed = s.seed + epoch
+            self.replicas.partition.resample(seed if s.resample == "epoch" else mixed(seed) + batch)
 
     def plan(self, lrs: list[float], start: int) -> None:
         """Sends the learning rates of an epoch's steps ahead, of which number `start` is the next: steps that are
@@ -83,6 +84,8 @@ class Coupled:
         if self.team.group is not None and (scaler.is_enabled() or math.isinf(self.L)):
             self._spoil_together()
         scaler.step(self.optimizer)
+        if self.settings.partition == "hashed" and self.settings.resample == "step":
+            self.replicas.partition.resample()
 
     def _spoil_together(self) -> None:
         """Makes every copy's gradient infinite where one copy's is not finite: all scalers are to come down, and copies that
@@ -181,7 +184,7 @@ class Merged:
         )
         self._plan: Plan | None = None
 
-    def start_epoch(self, epoch: int) -> None:
+    def start_epoch(self, epoch: int, batch: int) -> None:
         """Nothing to do: there is no L."""
 
     def plan(self, lrs: list[float], start: int) -> None:

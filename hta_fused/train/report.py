@@ -36,14 +36,15 @@ def describe(row: Row, epochs: int) -> str:
     the steps that a gradient which is not finite kept from being made; a loss that is not finite shows as nan or inf.
     """
     apart = row["copies"] > 1
-    accuracies = [row[f"test_accuracy_{i}"] for i in range(row["copies"])]
+    tested = row["test_accuracy"] is not None
+    accuracies = [row[f"test_accuracy_{i}"] for i in range(row["copies"])] if tested else []
     line = _line(
         [
             f"{row['epoch']}/{epochs}",
-            _number(row["L"], 7) if apart else "",
+            _number(row["L"], 7) if apart and row["L"] == row["L"] else "",
             _number(row["distance"], 8) if apart else "",
-            f"{min(accuracies):.1f}..{max(accuracies):.1f}" if apart else "",
-            f"{row['test_accuracy']:.2f}",
+            f"{min(accuracies):.1f}..{max(accuracies):.1f}" if apart and tested else "",
+            f"{row['test_accuracy']:.2f}" if tested else "",
             _number(row["train_loss"], 8, ".4f"),
             _number(row["lr"], 7),
             f"{row['images_per_second']:.0f}",
@@ -126,14 +127,20 @@ def curves(rows: list[Row], path: Path) -> None:
         for number, mine in enumerate(_by_seed(rows, label)):
             style: dict[str, Any] = dict(color=f"C{color}", alpha=0.8, label=None if number else label)
             work = [sum(row["copies"] for row in mine[: i + 1]) for i in range(len(mine))]
-            axes[0].plot(work, [row["test_accuracy"] for row in mine], **style)
+            tested = [
+                (done, row["test_accuracy"])
+                for done, row in zip(work, mine, strict=True)
+                if row["test_accuracy"] is not None
+            ]
+            axes[0].plot(*zip(*tested, strict=True), **style)
             axes[1].plot(work, [row["train_loss"] for row in mine], **style)
             coupled = [row for row in mine if row["copies"] > 1]
             if coupled:
                 axes[2].plot([row["epoch"] for row in coupled], [row["distance"] for row in coupled], "o-", **style)
     axes[0].set(xlabel="work: epochs × copies", title="test accuracy, %")
     axes[1].set(xlabel="work: epochs × copies", title="training loss, mean of the copies", yscale="log")
-    lowest = sorted(row["test_accuracy"] for row in rows)[len(rows) // 5]
+    accuracies = sorted(row["test_accuracy"] for row in rows if row["test_accuracy"] is not None)
+    lowest = accuracies[len(accuracies) // 5]
     axes[0].set_ylim(bottom=max(0.0, lowest - 5))
     axes[0].legend()
     if apart:

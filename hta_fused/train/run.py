@@ -4,7 +4,7 @@ Stopped at any moment and resumed, it ends with the same bits. What the two phas
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from .vgg import VGG
 class Job:
     """What one run is to do."""
 
-    label: str  # "HTA", "SGD", "SGD, equal work"
+    label: str  # "HTA", "local SGD", "SGD", "SGD, equal work"
     method: str  # "hta" or "sgd"
     epochs: int
     seed: int
@@ -59,7 +59,8 @@ class Run:
         self.skipped = 0  # steps of the phase, when the epoch began
         torch.manual_seed(job.seed)
         self.scaler = torch.amp.GradScaler(settings.torch_device.type, enabled=settings.precision == "fp16")
-        self._enter(phase_at(settings, job.method, self.epoch, network(settings), team))
+        own = replace(settings, seed=job.seed)
+        self._enter(phase_at(own, job.method, self.epoch, network(settings), team))
         if saved is not None:
             self._load(saved)
 
@@ -108,7 +109,7 @@ class Run:
 
     def start_epoch(self) -> None:
         """Makes this epoch's next batch, its L and its learning rates ready."""
-        self.phase.start_epoch(self.epoch)
+        self.phase.start_epoch(self.epoch, self.batch)
         for net in self.phase.networks:
             net.train()
         for stream in self.streams:
@@ -169,12 +170,13 @@ class Run:
 
         Returns:
             A row of metrics. Keys that end in a number are one network's; `test_loss` and `test_accuracy` are those of
-            the networks' mean, `train_loss` is the mean of theirs.
+            the networks' mean, None in an epoch without a test; `train_loss` is the mean of theirs.
         """
         phase, settings, copies = self.phase, self.settings, self.phase.count
+        tests = (self.epoch + 1) % settings.evaluate_every == 0 or self.epoch + 1 == self.job.epochs
         measured = phase.everyones(
             [
-                (loss, *evaluate(net, self.batches, settings))
+                (loss, *(evaluate(net, self.batches, settings) if tests else (None, None)))
                 for net, loss in zip(phase.networks, (self.losses / self.images_seen).tolist(), strict=True)
             ]
         )
@@ -200,7 +202,8 @@ class Run:
         if copies == 1:
             row["test_loss"], row["test_accuracy"] = row["test_loss_0"], row["test_accuracy_0"]
         else:
-            row["test_loss"], row["test_accuracy"] = evaluate(following.mean(), self.batches, settings)
+            tested = evaluate(following.mean(), self.batches, settings) if tests else (None, None)
+            row["test_loss"], row["test_accuracy"] = tested
         self.losses.zero_()
         if following is not phase:
             self._enter(following)
@@ -210,12 +213,15 @@ class Run:
 
 def network(settings: Settings) -> nn.Module:
     """A new network, where and in the memory format that the settings say."""
-    model = VGG(settings.model, settings.batch_norm, settings.width).to(settings.torch_device)
+    model = VGG(settings.model, settings.batch_norm, settings.width, dropout=settings.dropout).to(settings.torch_device)
     return model.to(memory_format=settings.memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
 def batches_of(images: Images, settings: Settings, seed: int) -> Batches:
+    """Of a run of this seed."""
     s = settings
+    if s.train_images:
+        images = images.drawn(s.train_images, seed, s.validate)
     return Batches(images, s.batch_size, seed, s.torch_device, s.memory_format, s.compute_dtype)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from .. import schedule as L_schedules
-from ..couplings import Explicit, Homotopy
+from ..couplings import Average, Coupling, Explicit, Homotopy
 from ..kernels.reference import MAX_COPIES
 from ..ops import rules_of
 from ..proposals import SGD
@@ -45,15 +45,18 @@ class Settings:
     model: Literal["vgg11", "vgg13", "vgg16", "vgg19"] = flag("vgg11", "network", "MODEL", "the network")
     batch_norm: bool = flag(True, "network", "", "a batch norm after each convolution")
     width: float = flag(0.25, "network", "FACTOR", "on the number of channels; 1: all")
+    dropout: float = flag(0.5, "network", "P", "of the classifier's inputs, in training")
 
     dataset: Literal["digits", "cifar10", "synthetic"] = flag("digits", "data", "DATASET", "the images")
     data_dir: Path = flag(Path("data"), "data", "FOLDER", "where CIFAR-10 lies, packed or not")  # noqa: RUF009
     download: bool = flag(False, "data", "", "fetch CIFAR-10 if it is not there")
+    train_images: int = flag(0, "data", "IMAGES", "drawn anew by each seed; 0: all")
+    validate: bool = flag(False, "data", "", "test on training images left out")
 
     copies: int = flag(2, "homotopy", "COPIES", "networks that HTA trains while L falls")
     batches: Literal["shared", "own"] = flag("shared", "homotopy", "WHOSE", "one for all copies or one each")
     partition: Literal[
-        "conv_blocks", "layer_blocks", "random", "random_units", "hashed", "conv_halves", "layer_halves"
+        "conv_blocks", "layer_blocks", "random", "random_units", "hashed", "none", "conv_halves", "layer_halves"
     ] = flag(
         "conv_blocks",
         "homotopy",
@@ -63,8 +66,13 @@ class Settings:
     part: Literal["all", "conv", "classifier"] = flag("all", "homotopy", "PART", "what is partitioned")
     anchor: Literal["init", "zero", "random"] = flag("init", "homotopy", "ANCHOR", "where blocks are pulled")
     start: Literal["copy", "independent"] = flag("copy", "homotopy", "START", "copies start equal or not")
+    resample: Literal["epoch", "step"] = flag("epoch", "homotopy", "WHEN", "hashed blocks are drawn anew")
+    coupling: Literal["homotopy", "average"] = flag("homotopy", "homotopy", "COUPLING", "average: local SGD, no L")
+    every: int = flag(1, "homotopy", "STEPS", "couple at each STEPS-th")
     mode: Literal["implicit", "explicit"] = flag("implicit", "homotopy", "MODE", "of the coupling's step")
-    schedule: Literal["linear", "geometric", "constant"] = flag("linear", "homotopy", "SCHEDULE", "how L falls")
+    schedule: Literal["linear", "geometric", "constant", "tight-loose-merge"] = flag(
+        "linear", "homotopy", "SCHEDULE", "how L falls; tight-loose-merge: L start, then L stop, above it"
+    )
     L_start: float = flag(0.01, "homotopy", "L", "the first L")
     L_stop: float = flag(0.005, "homotopy", "L", "the last L before the merge")
     L_step: float = flag(0.001, "homotopy", "STEP", "linear: L - STEP; geometric: L * (1 - STEP)")
@@ -80,6 +88,7 @@ class Settings:
     momentum: float = flag(0.9, "optimisation", "MOMENTUM", "SGD's momentum")
     weight_decay: float = flag(5e-4, "optimisation", "DECAY", "SGD's weight decay")
     batch_size: int = flag(64, "optimisation", "IMAGES", "in a batch, of every copy")
+    evaluate_every: int = flag(1, "optimisation", "EPOCHS", "test at each EPOCHS-th, and the last")
     seed: int = flag(0, "optimisation", "SEED", "of weights, order, crops, dropout")
     seeds: int = flag(1, "optimisation", "SEEDS", "runs of everything, from --seed on")
 
@@ -95,23 +104,36 @@ class Settings:
     def __post_init__(self) -> None:
         for name, hint in HINTS.items():
             object.__setattr__(self, name, _of_type(name, hint, getattr(self, name)))
-        counts = ("epochs", "batch_size", "seeds", "halve_every", "epochs_per_L", "copies")
+        counts = ("epochs", "batch_size", "seeds", "halve_every", "epochs_per_L", "copies", "every", "evaluate_every")
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("decoupled", "threads", "momentum", "weight_decay", "seed", "L_start", "L_stop"):
+        for name in (
+            "decoupled",
+            "threads",
+            "train_images",
+            "dropout",
+            "momentum",
+            "weight_decay",
+            "seed",
+            "L_start",
+            "L_stop",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 wanted = "not be negative" if getattr(self, name) < 0 else "be finite"
                 raise ValueError(f"{name} must {wanted}, got {getattr(self, name)}")
         for name in ("lr", "width", "L_step", "timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        limits = {"copies": MAX_COPIES, "seed": 2**32 - 1, "width": 10**12, "timeout": MOST}
+        limits = {"copies": MAX_COPIES, "seed": 2**32 - 1, "width": 10**12, "timeout": MOST, "train_images": MOST}
         for name, most in ({name: MOST for name in (*counts, "decoupled")} | limits).items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
-        if not self.momentum < 1:
-            raise ValueError(f"momentum must be under 1, got {self.momentum}")
+        for name in ("momentum", "dropout"):
+            if not getattr(self, name) < 1:
+                raise ValueError(f"{name} must be under 1, got {getattr(self, name)}")
+        if self.validate and not self.train_images:
+            raise ValueError("validate must have images to test on: give train_images, fewer than there are")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         self._check_schedule()
@@ -119,8 +141,16 @@ class Settings:
 
     def _check_schedule(self) -> None:
         values = 1.0  # before any of them is made: there may be no end to them
-        if self.schedule != "constant" and self.L_start < self.L_stop:
+        if self.schedule in ("linear", "geometric") and self.L_start < self.L_stop:
             raise ValueError(f"L_start must be at least L_stop, {self.L_stop}, got {self.L_start}")
+        if self.schedule == "tight-loose-merge":
+            values += 1
+            if self.L_start > self.L_stop:
+                raise ValueError(f"L_start must be at most L_stop, {self.L_stop}, where the schedule is {self.schedule}, "
+                                 f"got {self.L_start}")  # fmt: skip
+            if self.method != "sgd" and self.partition != "none":
+                raise ValueError(f"partition must be none where the schedule is {self.schedule}, whose large L would hold "
+                                 f"anchored blocks in place, got {self.partition!r}")  # fmt: skip
         if self.schedule == "linear":
             values += (self.L_start - self.L_stop) / self.L_step
         elif self.schedule == "geometric":
@@ -139,11 +169,12 @@ class Settings:
         """Refuses what the coupled step would refuse when it comes to it."""
         if self.method == "sgd":
             return
-        coupling = Explicit if self.mode == "explicit" else Homotopy
+        if self.coupling == "average" and self.partition != "none":
+            raise ValueError(f"partition must be none where the coupling is average, got {self.partition!r}")
         for L in (self.L_schedule.values[0], self.L_schedule.values[-1]):
             try:
                 sgd = SGD(self.lr, self.momentum, self.weight_decay)
-                rules_of(sgd, coupling(L), self.copies, dtype=torch.float32)
+                rules_of(sgd, self.coupling_at(L), self.copies, self.every, dtype=torch.float32)
             except ValueError as error:
                 limit = str(error).partition(" must give ")[2]
                 why = f"they must give {limit}" if limit else error
@@ -157,9 +188,22 @@ class Settings:
             falling = L_schedules.linear(self.L_start, self.L_stop, self.L_step, self.epochs_per_L)
         elif self.schedule == "geometric":
             falling = L_schedules.geometric(self.L_start, self.L_stop, 1 - self.L_step, self.epochs_per_L)
+        elif self.schedule == "tight-loose-merge":
+            tight, loose = (L_schedules.constant(L, self.epochs_per_L) for L in (self.L_start, self.L_stop))
+            falling = tight + loose
         else:
             falling = L_schedules.constant(self.L_start, self.epochs_per_L)
         return L_schedules.decoupled(self.decoupled) + falling if self.decoupled else falling
+
+    def L_at(self, epoch: int) -> float:
+        """L before the merge; NaN where the coupling has none."""
+        return self.L_schedule(epoch) if self.coupling == "homotopy" else math.nan
+
+    def coupling_at(self, L: float) -> Coupling:
+        """What pulls the copies together in an epoch of this L."""
+        if self.coupling == "average":
+            return Average(every=self.every)
+        return (Explicit if self.mode == "explicit" else Homotopy)(L, every=self.every)
 
     def lr_at(self, progress: float, total: int) -> float:
         """The learning rate after `progress` of `total` epochs."""
@@ -197,6 +241,11 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON holds them."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+    def difference(self, other: "Settings") -> str | None:
+        """The first setting in which another run's differ, leaving aside what may change where a run goes on."""
+        names = (name for name in HINTS if name not in ("out", *OF_THE_MACHINE))
+        return next((name for name in names if getattr(self, name) != getattr(other, name)), None)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Settings":

@@ -19,11 +19,13 @@ class VGG(nn.Module):
         batch_norm: a batch norm after each convolution.
         width: factor on every number of channels, 512 in the classifier included.
         classes: outputs.
+        dropout: the part of the classifier's inputs that training leaves out.
 
     Shapes: [batch, 3, 32, 32] to [batch, classes].
     """
 
-    def __init__(self, name: str = "vgg11", batch_norm: bool = False, width: float = 1.0, classes: int = 10):
+    def __init__(self, name: str = "vgg11", batch_norm: bool = False, width: float = 1.0, classes: int = 10,
+                 dropout: float = 0.5):  # fmt: skip
         super().__init__()
         if name not in CONFIGURATIONS:
             raise ValueError(f"name must be one of {', '.join(CONFIGURATIONS)}, got {name!r}")
@@ -43,10 +45,10 @@ class VGG(nn.Module):
             channels = out
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
-            nn.Dropout(),
+            nn.Dropout(dropout),
             nn.Linear(channels, channels),
             nn.ReLU(inplace=True),
-            nn.Dropout(),
+            nn.Dropout(dropout),
             nn.Linear(channels, channels),
             nn.ReLU(inplace=True),
             nn.Linear(channels, classes),

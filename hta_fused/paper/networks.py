@@ -1,0 +1,202 @@
+"""Tables 2 and 3, Figures 2 and 3, and the coupling with dropout: VGGs on CIFAR-10 by SGD and by HTA, from the same seeds.
+
+SGD at equal work stands beside them, since two copies cost twice the work of one. What is trained stands here; runs.py
+trains it.
+"""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..train.settings import PAPER, Settings
+from .report import Row, markdown, pyplot, save_csv, save_figure, say
+from .runs import Curve, Scale, curves_csv, settings_in_words, spread, train
+
+SGD, EQUAL_WORK, HTA = "SGD", "SGD, equal work", "HTA"
+COLORS = {SGD: "C0", EQUAL_WORK: "C1", HTA: "C2"}
+
+_QUICK = Settings(
+    dataset="synthetic", train_images=256, width=0.0625, epochs=3, L_step=0.005, batch_norm=True, device="cpu"
+)
+_CPU = Settings(dataset="cifar10", train_images=10_000, epochs=10, precision="bf16", channels_last=True, device="cpu")
+# The scales of Table 2; others change what is trained and how often.
+QUICK, CPU, FULL = Scale("quick", _QUICK, 1), Scale("cpu", _CPU, 3), Scale("full", PAPER, 5)
+SCALES = {scale.name: scale for scale in (QUICK, CPU, FULL)}
+
+# Errors in %, as the paper's tables and figures have them.
+TABLE_2 = {"vgg11": (7.83, 7.02), "vgg13": (5.82, 5.14), "vgg16": (6.14, 5.71), "vgg19": (6.35, 5.88)}
+TABLE_3 = {"vgg11": "91.53 ± 0.09, best 91.66", "vgg13": "92.76 ± 0.22, best 93.09"}
+FIGURE_3 = {"vgg11": (8.99, 8.39), "vgg13": (7.71, 6.91)}
+
+
+def methods(plain: Settings, **homotopy: Any) -> dict[str, Settings]:
+    """SGD, SGD at equal work, and HTA with such settings.
+
+    Args:
+        plain: what all of them share.
+    """
+    hta = replace(plain, method="hta", **homotopy)
+    more = (hta.copies - 1) * hta.L_schedule.epochs
+    sgd = replace(plain, method="sgd")
+    return {SGD: sgd, EQUAL_WORK: replace(sgd, epochs=sgd.epochs + more), HTA: hta}
+
+
+def of_models(scale: Scale, models: tuple[str, ...], **settings: Any) -> dict[tuple[str, str], Settings]:
+    """(network, method): its settings. At the quick scale one network stands for all."""
+    shared, own = settings.pop("shared", {}), settings
+    return {
+        (model, name): each
+        for model in (models[:1] if scale.name == "quick" else models)
+        for name, each in methods(replace(scale.settings, **{"model": model, **shared}), **own).items()
+    }
+
+
+def trained(out: Path, scale: Scale, wanted: Mapping[tuple[str, str], Settings]) -> dict[tuple[str, str], Curve]:
+    """Each method's runs of each network, said, and saved as curves."""
+    first = next(iter(wanted.values()))
+    say(settings_in_words(replace_settings(scale, first)))
+    named = {f"{model} {name}": settings for (model, name), settings in wanted.items()}
+    curves = train(out, named, range(scale.seeds))
+    return {key: curves[name] for key, name in zip(wanted, named, strict=True)}
+
+
+def replace_settings(scale: Scale, settings: Settings) -> Scale:
+    """The scale with other settings of its plain runs."""
+    return Scale(scale.name, settings, scale.seeds)
+
+
+def table2(out: Path, scale: Scale) -> None:
+    """Errors of VGG11 to VGG19 with batch norm."""
+    curves = trained(out, scale, of_models(scale, tuple(TABLE_2)))
+    paper = {
+        (model, name): error for model, pair in TABLE_2.items() for name, error in zip((SGD, HTA), pair, strict=True)
+    }
+    leave(out, "table2", curves, paper)
+
+
+def table3(out: Path, scale: Scale) -> None:
+    """Accuracies of five runs without batch norm, homotopy on the convolutions."""
+    curves = trained(out, fives(scale), of_models(scale, ("vgg11", "vgg13"), **CONVOLUTIONS))
+    rows = [
+        {"network": model, "method": name, "work": curve.work, "accuracy, %": spread(curve.last())}
+        | {"max, %": max(curve.last()), "best epochs' max, %": max(curve.best())}
+        | {"paper, %": TABLE_3[model] if name == HTA else ""}
+        for (model, name), curve in curves.items()
+    ]
+    say(markdown(rows))
+    save_csv(out / "table3.csv", rows)
+    save_csv(out / "table3-epochs.csv", epochs(curves))
+    save_figure(out / "table3.png", figure(curves))
+
+
+def figure2(out: Path, scale: Scale) -> None:
+    """VGG13, homotopy on the fully connected layers."""
+    curves = trained(out, scale, of_models(scale, ("vgg13",), partition="layer_blocks", part="classifier"))
+    leave(out, "figure2", curves, {("vgg13", SGD): 6.35, ("vgg13", HTA): 5.14})
+
+
+def figure3(out: Path, scale: Scale) -> None:
+    """Table 3's networks, both methods, over the epochs."""
+    curves = trained(out, fives(scale), of_models(scale, ("vgg11", "vgg13"), **CONVOLUTIONS))
+    paper = {
+        (model, name): error for model, pair in FIGURE_3.items() for name, error in zip((SGD, HTA), pair, strict=True)
+    }
+    leave(out, "figure3", curves, paper)
+
+
+CONVOLUTIONS: dict[str, Any] = {"part": "conv", "shared": {"batch_norm": False}}
+
+
+def fives(scale: Scale) -> Scale:
+    """Table 3's five runs, but at the quick scale."""
+    return scale if scale.name == "quick" else Scale(scale.name, scale.settings, 5)
+
+
+def dropout(out: Path, scale: Scale) -> None:
+    """The paper's future work: every weight of the classifier draws anew which copy is free on it, θ̃ = 0, so that the other
+    copy's weight decays as if it were left out; beside plain dropout, and neither."""
+    plain = replace(scale.settings, dropout=0.0)
+    masks = {"partition": "hashed", "part": "classifier", "anchor": "zero"}
+    wanted = {
+        "neither": methods(plain)[SGD],
+        "neither, equal work": methods(plain)[EQUAL_WORK],
+        "dropout": methods(scale.settings)[SGD],
+        "dropout, equal work": methods(scale.settings)[EQUAL_WORK],
+        "HTA, masks of an epoch": methods(plain, **masks)[HTA],
+        "HTA, masks of a step": methods(plain, **masks, resample="step")[HTA],
+    }
+    leave(out, "dropout", trained(out, scale, {("vgg11", name): settings for name, settings in wanted.items()}), {})
+
+
+def leave(
+    out: Path, name: str, curves: Mapping[tuple[str, str], Curve], paper: Mapping[tuple[str, str], float]
+) -> None:
+    """Prints a table of errors with the paper's beside ours, and writes it, all epochs, and a picture.
+
+    "best epoch" is the paper's habit: the test set chooses the epoch. "improvement" is the paper's rate, over SGD at the
+    last epoch.
+    """
+    rows: list[Row] = []
+    for (model, method), curve in curves.items():
+        errors = [100 - accuracy for accuracy in curve.last()]
+        base = curves.get((model, SGD))
+        rate = "" if base is None or method == SGD else f"{improvement(base, curve):.1f}"
+        rows.append(
+            {"network": model, "method": method, "work": curve.work, "error, %": spread(errors)}
+            | {"best epoch, %": spread([100 - accuracy for accuracy in curve.best()]), "improvement, %": rate}
+            | {"paper's error, %": paper.get((model, method), "")}
+            | {"its improvement, %": _paper_rate(paper, model) if method == HTA else ""}
+        )
+    say(markdown(rows))
+    save_csv(out / f"{name}.csv", rows)
+    save_csv(out / f"{name}-epochs.csv", epochs(curves))
+    save_figure(out / f"{name}.png", figure(curves))
+
+
+def improvement(base: Curve, curve: Curve) -> float:
+    """By how much of its mean error another method's is lower, in %."""
+    before, after = (100 - statistics.fmean(c.last()) for c in (base, curve))
+    return 100 * (before - after) / before if before else 0.0
+
+
+def _paper_rate(paper: Mapping[tuple[str, str], float], model: str) -> str:
+    before, after = paper.get((model, SGD)), paper.get((model, HTA))
+    return "" if before is None or after is None else f"{100 * (before - after) / before:.1f}"
+
+
+def epochs(curves: Mapping[tuple[str, str], Curve]) -> list[Row]:
+    return [{"network": model} | row for (model, name), curve in curves.items() for row in curves_csv({name: curve})]
+
+
+def figure(curves: Mapping[tuple[str, str], Curve]) -> Any:
+    """Test error over the epochs, a panel for each network: the mean of the seeds, and their range."""
+    models = list(dict.fromkeys(model for model, _ in curves))
+    figure, axes = pyplot().subplots(
+        1, len(models), figsize=(4.2 * len(models), 3.8), layout="constrained", squeeze=False
+    )
+    for panel, model in zip(axes[0], models, strict=True):
+        finals = []
+        for number, ((of, method), curve) in enumerate(curves.items()):
+            if of != model:
+                continue
+            color = COLORS.get(method, f"C{number % 10}")
+            errors = [[100 - row["test_accuracy"] for row in at] for at in zip(*curve.seeds, strict=True)]
+            where = range(1, len(errors) + 1)
+            panel.fill_between(
+                where, list(map(min, errors)), list(map(max, errors)), color=color, alpha=0.2, linewidth=0
+            )
+            panel.plot(where, list(map(statistics.fmean, errors)), color=color, label=method)
+            finals.append((len(errors), statistics.fmean(errors[-1]), method, color))
+            apart = [row["epoch"] for row in curve.seeds[0] if row["copies"] > 1]
+            if apart:
+                panel.axvline(apart[-1] + 0.5, color=color, linewidth=0.8, linestyle=":")
+        panel.set(title=model.upper(), xlabel="epoch (dotted: the copies merge)", ylabel="test error, %")
+        top = max(
+            100 - row["test_accuracy"] for (of, _), c in curves.items() if of == model for s in c.seeds for row in s[1:]
+        )
+        panel.set_ylim(0, top)
+        panel.grid(alpha=0.3)
+    axes[0][0].legend()
+    return figure
