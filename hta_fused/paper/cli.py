@@ -3,13 +3,14 @@
 Everything is seeded.
 """
 
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from ..terminal import FAILURE, Parser
+from ..terminal import FAILURE, Parser, whole_number
 from ..train import machine
-from . import convergence, figure1, networks, quadratic, table1
+from . import convergence, figure1, networks, quadratic, smalldata, table1
 from .runs import Scale
 
 # Those that take minutes at most, and those that train networks.
@@ -19,12 +20,13 @@ SMALL: dict[str, Callable[[Path, bool], None]] = {
     "convergence": convergence.run,
     "path": quadratic.run,
 }
-TRAINED: dict[str, Callable[[Path, Scale], None]] = {
-    "table2": networks.table2,
-    "table3": networks.table3,
-    "figure2": networks.figure2,
-    "figure3": networks.figure3,
-    "dropout": networks.dropout,
+TRAINED: dict[str, tuple[Callable[[Path, Scale], None], dict[str, Scale]]] = {
+    "table2": (networks.table2, networks.SCALES),
+    "table3": (networks.table3, networks.SCALES),
+    "figure2": (networks.figure2, networks.SCALES),
+    "figure3": (networks.figure3, networks.SCALES),
+    "dropout": (networks.dropout, networks.SCALES),
+    "smalldata": (smalldata.run, smalldata.SCALES),
 }
 
 HELP = {
@@ -37,6 +39,7 @@ HELP = {
     "figure2": "VGG13, homotopy on the fully connected layers",
     "figure3": "Table 3's networks over the epochs: SGD, HTA",
     "dropout": "the coupling with dropout, beside plain dropout",
+    "smalldata": "few images, many epochs: all that averages weights",
 }
 EXAMPLES = """\
 examples:
@@ -66,6 +69,11 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         one.add_argument("--data-dir", metavar="FOLDER", type=Path, default=Path("data"), help="where CIFAR-10 lies")
         one.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N, instead of the scale's")
+        one.add_argument("--seeds", metavar="SEEDS", type=whole_number(1, 1000), help="runs of every method")
+        if name == "smalldata":
+            one.add_argument(
+                "--images", metavar="IMAGES", type=whole_number(1), help="to train on, of the 50,000 [2304]"
+            )
     options = terminal.parse_args(argv)
     terminal.need("matplotlib", "scipy", "sklearn", "tqdm")
     terminal.check_folder("--out", options.out)
@@ -75,19 +83,24 @@ def main(argv: list[str] | None = None) -> None:
             SMALL[options.experiment](options.out, options.quick)
         else:
             terminal.check_folder("--data-dir", options.data_dir, written=False)
-            scale = networks.SCALES[options.scale]
-            settings = replace(
-                scale.settings, data_dir=options.data_dir, device=options.device or scale.settings.device
-            )
-            machine.check(settings)
+            run, scales = TRAINED[options.experiment]
+            scale = asked(scales[options.scale], options)
+            machine.check(scale.settings)
             options.out.mkdir(parents=True, exist_ok=True)
-            TRAINED[options.experiment](options.out, replace(scale, settings=settings))
+            run(options.out, scale)
     except KeyboardInterrupt:
         terminal.say("stopped; the same command goes on")
         raise SystemExit(130) from None
     except (OSError, ValueError, FloatingPointError) as error:
         terminal.fail(error, FAILURE)
     print(f"{options.out}: " + ", ".join(sorted(p.name for p in options.out.iterdir())))
+
+
+def asked(scale: Scale, options: Namespace) -> Scale:
+    """A scale with what the flags change in it."""
+    changes = {"data_dir": options.data_dir, "device": options.device, "train_images": getattr(options, "images", None)}
+    settings = replace(scale.settings, **{name: value for name, value in changes.items() if value is not None})
+    return replace(scale, settings=settings, seeds=options.seeds or scale.seeds)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""The paper's trained experiments: their commands at the quick scale, what is resumed, and the numbers in their tables."""
+
+import csv
+import math
+from dataclasses import replace
+
+import pytest
+
+from hta_fused.paper import cli, networks, runs, smalldata
+from hta_fused.train import Settings
+
+PLAIN = networks.QUICK.settings
+
+
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(("experiment", "methods"), [("table2", 3), ("table3", 3), ("figure2", 3), ("dropout", 6)])
+def test_a_command_leaves_table_epochs_and_picture(tmp_path, capsys, experiment, methods):
+    cli.main([experiment, "--scale", "quick", "--out", str(tmp_path)])
+    table, epochs = read(tmp_path / f"{experiment}.csv"), read(tmp_path / f"{experiment}-epochs.csv")
+    assert len(table) == methods
+    assert (tmp_path / f"{experiment}.png").stat().st_size > 5000
+    assert "synthetic, 256 training images" in capsys.readouterr().out
+    for row in table:  # the table says what the epochs do, and the work is that of all copies
+        mine = [e for e in epochs if e["method"] == row["method"]]
+        assert int(row["work"]) == sum(int(e["copies"]) for e in mine)
+        said = float(row["accuracy, %"]) if experiment == "table3" else 100 - float(row["error, %"])
+        assert said == pytest.approx(float(mine[-1]["test_accuracy"]), abs=0.006)
+
+
+def test_figure3_goes_on_with_what_table3_has_trained_and_other_settings_are_refused(tmp_path, monkeypatch, capsys):
+    cli.main(["table3", "--scale", "quick", "--out", str(tmp_path)])
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*/checkpoint.pt")}
+    assert before
+    cli.main(["figure3", "--scale", "quick", "--out", str(tmp_path)])
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*/checkpoint.pt")} == before
+    assert read(tmp_path / "figure3-epochs.csv") == read(tmp_path / "table3-epochs.csv")
+    other = replace(networks.QUICK, settings=replace(PLAIN, lr=0.01))
+    with pytest.raises(ValueError, match=r"holds another run, whose lr is 0.05, not 0.01: choose another --out"):
+        networks.figure3(tmp_path, other)
+
+
+def test_a_run_that_was_cut_goes_on_to_the_same_end(tmp_path):
+    settings = {"SGD": replace(PLAIN, method="sgd")}
+    whole = runs.train(tmp_path / "whole", settings, range(1))
+    cut = replace(settings["SGD"], seed=0, threads=1, out=tmp_path / "cut" / "runs" / "sgd-seed0")
+    batches = 0
+
+    def stop():
+        nonlocal batches
+        batches += 1
+        return batches == 6
+
+    assert not runs.Trainer(cut, stop=stop, report=lambda _: None).train()
+    again = runs.train(tmp_path / "cut", settings, range(1))
+    keys = ("epoch", "train_loss", "test_loss", "test_accuracy")
+    assert [[row[k] for k in keys] for row in again["SGD"].seeds[0]] == [
+        [row[k] for k in keys] for row in whole["SGD"].seeds[0]
+    ]
+
+
+def test_the_rivals_do_the_same_work():
+    for scale in networks.SCALES.values():
+        for name, settings in networks.of_models(scale, ("vgg11",)).items():
+            apart = settings.L_schedule.epochs * (settings.copies - 1) if settings.method == "hta" else 0
+            assert (settings.epochs + apart == scale.settings.epochs) == (name[1] == networks.SGD)
+    for scale in smalldata.SCALES.values():
+        of = smalldata.methods(scale.settings, 0.1, 0.2)
+        work = {name: s.epochs + (s.L_schedule.epochs if s.method == "hta" else 0) for name, s in of.items()}
+        assert work.pop("SGD") == scale.settings.epochs
+        assert len(set(work.values())) == 1, work
+        assert of[smalldata.PARALLEL].batch_size == 2 * of[smalldata.BASE].batch_size
+        assert of[smalldata.PARALLEL].lr == 0.2
+        assert {s.lr for name, s in of.items() if name != smalldata.PARALLEL} == {0.1}
+
+
+def test_smalldata_pairs_its_seeds(tmp_path, capsys):
+    cli.main(["smalldata", "--scale", "quick", "--out", str(tmp_path)])
+    rows = {row["method"]: row for row in read(tmp_path / "smalldata.csv")}
+    assert {smalldata.BASE, smalldata.EMA, smalldata.SWA, smalldata.PARALLEL} < set(rows)
+    assert float(rows[smalldata.BASE]["minus equal work"]) == 0
+    for row in rows.values():
+        gap = float(row["accuracy, %"]) - float(rows[smalldata.BASE]["accuracy, %"])
+        assert float(row["minus equal work"]) == pytest.approx(gap, abs=1e-9)
+    assert (tmp_path / "smalldata.png").stat().st_size > 5000
+    assert "; taken: " in capsys.readouterr().out
+
+
+def test_an_interval_is_students():
+    mean, half = smalldata.interval([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3)
+    assert half == pytest.approx(4.302653 * math.sqrt(7 / 3 / 3), rel=1e-6)
+    assert math.isnan(smalldata.interval([1.0])[1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["table2", "--scale", "huge", "--out", "x"], "--scale must be one of quick, cpu, full"),
+        (["table2", "--data-dir", "nowhere", "--out", "x"], "CIFAR-10 is not in nowhere"),
+        (["dropout", "--device", "tpu", "--out", "x"], "device must be auto, cpu, cuda or cuda:N"),
+        (["table3", "--quick", "--out", "x"], "unknown flag --quick"),
+        (["smalldata", "--images", "0", "--out", "x"], "--images must be at least 1, got 0"),
+    ],
+)
+def test_nonsense_is_answered_in_a_line(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(flags)
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_best_epoch_is_chosen_among_those_tested():
+    curve = runs.Curve([[{"test_accuracy": a, "copies": 1} for a in (50.0, None, 70.0, 60.0)]])
+    assert (curve.best(), curve.last(), curve.work) == ([70.0], [60.0], 4)
+    worse = runs.Curve([[{"test_accuracy": 50.0, "copies": 1}]])
+    assert networks.improvement(worse, curve) == pytest.approx(20.0)
+
+
+def test_equal_work_counts_every_copy():
+    four = networks.methods(PLAIN, copies=4)
+    assert four[networks.EQUAL_WORK].epochs == PLAIN.epochs + 3 * PLAIN.L_schedule.epochs
+    assert isinstance(four[networks.HTA], Settings)
