@@ -151,7 +151,7 @@ OTHERS = {
     "all methods": dict(method="compare", epochs=2, L_stop=0.01, batches="shared"),
     "hashed": dict(partition="hashed", start="independent", anchor="random"),
     "explicit": dict(mode="explicit", L_start=0.5, L_stop=0.5, lr=0.01, epochs=2),
-    "bf16": dict(precision="bf16", epochs=2, channels_last=True),
+    "bf16": dict(precision="bf16", epochs=2, memory_format="contiguous"),
     "fp16, NaN in copy 1": dict(precision="fp16", epochs=1, L_stop=0.01),
     "decoupled, NaN in copy 1": dict(decoupled=1, epochs=4),
 }

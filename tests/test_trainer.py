@@ -102,7 +102,7 @@ def test_exported_state_dict_is_a_plain_vggs(finished, capsys):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(precision="bf16", channels_last=True),
+        dict(precision="bf16", memory_format="contiguous"),
         dict(decoupled=1, partition="random_units", anchor="zero", start="independent", epochs=4),
         dict(
             schedule="geometric",
@@ -264,6 +264,18 @@ def test_a_run_goes_on_with_the_threads_it_was_begun_with(tmp_path):
         torch.set_num_threads(before)
 
 
+def test_a_run_goes_on_in_the_memory_format_it_was_begun_with(tmp_path, monkeypatch):
+    """On another device "auto" may stand for another one, in which a partition's blocks would be other elements."""
+    settings = replace(TINY, method="hta", out=tmp_path / "run")
+    whole = replace(settings, out=tmp_path / "whole")
+    Trainer(whole, report=lambda _: None).train()
+    asked = iter(i == 5 for i in range(10**6))
+    Trainer(settings, stop=lambda: next(asked), report=lambda _: None).train()
+    monkeypatch.setattr(Settings, "chosen_format", property(lambda s: s.memory_format.replace("auto", "contiguous")))
+    assert Trainer.resume(settings.out, report=lambda _: None).train()
+    same_results(whole.out, settings.out)
+
+
 def test_other_machines_are_named(tmp_path, monkeypatch):
     settings = replace(TINY, method="sgd", epochs=1, out=tmp_path / "run")
     Trainer(settings, stop=lambda: True, report=lambda _: None).train()
@@ -324,6 +336,21 @@ def test_the_papers_recipe():
     assert (paper.batch_size, paper.epochs, paper.width, paper.dataset) == (128, 300, 1.0, "cifar10")
     assert paper.L_schedule.values == tuple(L for L in (0.01, 0.009, 0.008, 0.007, 0.006, 0.005) for _ in range(4))
     assert [paper.lr_at(e, 300) for e in (0, 29.9, 30, 60)] == [0.05, 0.05, 0.025, 0.0125]
+
+
+def test_auto_is_the_memory_format_that_convolutions_are_fastest_in():
+    formats = {
+        (device, precision): replace(TINY, device=device, precision=precision).torch_memory_format
+        for device in ("cpu", "cuda")
+        for precision in ("fp32", "bf16")
+    }
+    assert formats.pop(("cuda", "fp32")) == torch.contiguous_format
+    assert set(formats.values()) == {torch.channels_last}
+    run = Run(TINY, Job("SGD", "sgd", 3, 0), batches_of(data.synthetic(), TINY, 0))
+    run.start_epoch()
+    assert run.phase.networks[0].features[3 + 1].weight.is_contiguous(memory_format=torch.channels_last)
+    assert run.batches.next(5)[0].is_contiguous(memory_format=torch.channels_last)
+    assert replace(TINY, memory_format="contiguous").torch_memory_format == torch.contiguous_format
 
 
 def test_lr_schedules_start_and_end_where_they_should():

@@ -90,11 +90,12 @@ class Trainer:
         self.done = 0
         self._run: Run | None = None  # under way
         # What the bits depend on beside the settings.
-        self.machine = {
+        self.machine: dict[str, Any] = {
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
             "processor": processor(),
             "instructions": backends()["cpu"],
+            "memory_format": settings.chosen_format,
         }
         team.agree({"the images": self.fingerprint, "threads": self.machine["threads"]})
         self._folder: Folder | None  # in the process that holds it
@@ -194,7 +195,9 @@ class Trainer:
 
     def _new_run(self, saved: dict[str, Any] | None) -> Run:
         job = self.jobs[self.done]
-        return Run(self.settings, job, batches_of(self.images, self.settings, job.seed), self.report, saved, self.team)
+        # The one that the run was begun with, whatever is fastest here: blocks of a partition depend on it.
+        settings = replace(self.settings, memory_format=self.machine["memory_format"])
+        return Run(settings, job, batches_of(self.images, settings, job.seed), self.report, saved, self.team)
 
     def _epoch(self, run: Run) -> bool:
         start, already = time.perf_counter(), run.images_seen
@@ -273,6 +276,8 @@ class Trainer:
             raise Refused(
                 f"the images are not those that it was trained on (fingerprint {self.fingerprint}, was {content['data']})"
             )
+        begun = content["machine"]
+        self.machine["memory_format"] = begun["memory_format"]
         self.done, run = content["done"], None
         if content["run"] is not None:
             try:
@@ -280,7 +285,6 @@ class Trainer:
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 why = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise Refused(f"its run does not fit its settings: {why}") from error
-        begun = content["machine"]
         for name in ("torch", "processor", "instructions"):
             if begun[name] != self.machine[name]:
                 self.report(f"begun with {name} {begun[name]}, going on with {self.machine[name]}: the bits may differ")
@@ -342,7 +346,7 @@ def _settings_of(content: dict[str, Any]) -> Settings:
         isinstance(row, dict) and {"run", "seed", "train_loss", "test_loss"} <= row.keys() for row in content["rows"]
     ):
         raise Refused("it is no checkpoint of hta-train, or of another version: its rows are no metrics")
-    if not {"threads", "torch", "processor", "instructions"} <= content["machine"].keys():
+    if not {"threads", "torch", "processor", "instructions", "memory_format"} <= content["machine"].keys():
         raise Refused("it is no checkpoint of hta-train, or of another version: its machine is not described")
     try:
         settings = Settings.from_json(content["settings"])

@@ -211,12 +211,12 @@ class Run:
 def network(settings: Settings) -> nn.Module:
     """A new network, where and in the memory format that the settings say."""
     model = VGG(settings.model, settings.batch_norm, settings.width).to(settings.torch_device)
-    return model.to(memory_format=settings.memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
+    return model.to(memory_format=settings.torch_memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
 def batches_of(images: Images, settings: Settings, seed: int) -> Batches:
     s = settings
-    return Batches(images, s.batch_size, seed, s.torch_device, s.memory_format, s.compute_dtype)
+    return Batches(images, s.batch_size, seed, s.torch_device, s.torch_memory_format, s.compute_dtype)
 
 
 @torch.no_grad()

@@ -84,7 +84,9 @@ class Settings:
     seeds: int = flag(1, "optimisation", "SEEDS", "runs of everything, from --seed on")
 
     precision: Literal["fp32", "bf16", "fp16"] = flag("fp32", "machine", "DTYPE", "of autocast")
-    channels_last: bool = flag(False, "machine", "", "images and kernels in that order")
+    memory_format: Literal["auto", "channels_last", "contiguous"] = flag(
+        "auto", "machine", "FORMAT", "of images and kernels; auto: what is fastest"
+    )
     device: str = flag("auto", "machine", "DEVICE", "auto, cpu, cuda or cuda:N")
     graph: bool = flag(True, "machine", "", "capture a GPU's step in a CUDA graph")
     threads: int = flag(0, "machine", "THREADS", "on the CPU; 0: torch's choice")
@@ -183,8 +185,16 @@ class Settings:
         return self.graph and self.torch_device.type == "cuda"
 
     @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+    def chosen_format(self) -> Literal["channels_last", "contiguous"]:
+        """The memory format; for "auto" the one that convolutions are fastest in on the device."""
+        if self.memory_format != "auto":
+            return self.memory_format
+        on_gpu = self.torch_device.type == "cuda"
+        return "contiguous" if on_gpu and self.precision == "fp32" else "channels_last"
+
+    @property
+    def torch_memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.chosen_format == "channels_last" else torch.contiguous_format
 
     @property
     def compute_dtype(self) -> torch.dtype:
