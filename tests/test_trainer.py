@@ -18,7 +18,7 @@ import torch
 
 from hta_fused.files import as_json, save_atomically, write_json
 from hta_fused.train import PAPER, Job, Run, Settings, Trainer, cli, data
-from hta_fused.train.run import batches_of
+from hta_fused.train.run import batches_of, evaluate
 from hta_fused.train.vgg import CONFIGURATIONS, VGG, parameter_count
 
 # Two epochs apart, one merged; a second or two.
@@ -322,6 +322,19 @@ def test_own_batches_are_each_copys_own(batches):
     assert all(sorted(order) == list(range(512)) for order in orders)
 
 
+def run_of(settings: Settings, method: str = "sgd") -> Run:
+    return Run(settings, Job(method, method, settings.epochs, 0), batches_of(data.synthetic(), settings, 0))
+
+
+def test_label_smoothing_is_in_the_training_loss_and_not_in_the_test_loss():
+    run = run_of(replace(TINY, label_smoothing=0.1))
+    net, images, labels = run.phase.networks[0].eval(), *next(run.batches.unaugmented("test"))
+    log = net(images).log_softmax(1)
+    right = log.gather(1, labels[:, None])[:, 0]
+    assert torch.allclose(run.loss(net, (images, labels)), -(0.9 * right + 0.1 * log.mean(1)).mean())
+    assert evaluate(net, run.batches, run.settings)[0] == pytest.approx(-float(right.mean()), rel=1e-5)
+
+
 def test_json_has_a_name_for_every_number():
     text = as_json({"a": [math.nan, 1.0], "b": (math.inf, {"c": -math.inf})})
     assert json.loads(text) == {"a": ["nan", 1.0], "b": ["inf", {"c": "-inf"}]}
@@ -377,6 +390,8 @@ def test_lr_schedules_start_and_end_where_they_should():
         (dict(batch_size=64.0), "batch_size must be a whole number, got 64.0"),
         (dict(batch_norm=1), "batch_norm must be True or False, got 1"),
         (dict(data_dir=None), "data_dir must be a path, got None"),
+        (dict(label_smoothing=1.0), "label_smoothing must be at least 0 and under 1, got 1.0"),
+        (dict(label_smoothing=math.nan), "label_smoothing must be at least 0 and under 1, got nan"),
         (dict(partition="thirds"), "partition must be one of conv_blocks, .*got 'thirds'"),
     ],
 )

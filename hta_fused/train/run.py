@@ -160,7 +160,7 @@ class Run:
     def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         with self.settings.autocast():
-            return F.cross_entropy(net(images), labels)
+            return F.cross_entropy(net(images), labels, label_smoothing=self.settings.label_smoothing)
 
     # ---------------------------------------------------------------------------------------------------- an epoch's end
 

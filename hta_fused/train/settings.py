@@ -79,6 +79,7 @@ class Settings:
     halve_every: int = flag(30, "optimisation", "EPOCHS", "between two halvings")
     momentum: float = flag(0.9, "optimisation", "MOMENTUM", "SGD's momentum")
     weight_decay: float = flag(5e-4, "optimisation", "DECAY", "SGD's weight decay")
+    label_smoothing: float = flag(0.0, "optimisation", "PART", "of the training loss; the test loss is plain")
     batch_size: int = flag(64, "optimisation", "IMAGES", "in a batch, of every copy")
     seed: int = flag(0, "optimisation", "SEED", "of weights, order, crops, dropout")
     seeds: int = flag(1, "optimisation", "SEEDS", "runs of everything, from --seed on")
@@ -114,6 +115,9 @@ class Settings:
                 raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if not self.momentum < 1:
             raise ValueError(f"momentum must be under 1, got {self.momentum}")
+        for name in ("label_smoothing",):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and under 1, got {getattr(self, name)}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         self._check_schedule()
