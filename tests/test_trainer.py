@@ -332,7 +332,7 @@ def test_label_smoothing_is_in_the_training_loss_and_not_in_the_test_loss():
     log = net(images).log_softmax(1)
     right = log.gather(1, labels[:, None])[:, 0]
     assert torch.allclose(run.loss(net, (images, labels)), -(0.9 * right + 0.1 * log.mean(1)).mean())
-    assert evaluate(net, run.batches, run.settings)[0] == pytest.approx(-float(right.mean()), rel=1e-5)
+    assert evaluate(net, run.batches, run.settings)[0] == pytest.approx(-float(right.detach().mean()), rel=1e-5)
 
 
 def test_json_has_a_name_for_every_number():
@@ -392,6 +392,7 @@ def test_lr_schedules_start_and_end_where_they_should():
         (dict(data_dir=None), "data_dir must be a path, got None"),
         (dict(label_smoothing=1.0), "label_smoothing must be at least 0 and under 1, got 1.0"),
         (dict(label_smoothing=math.nan), "label_smoothing must be at least 0 and under 1, got nan"),
+        (dict(flip="alternating", dataset="digits"), "flip must be random where the dataset is digits"),
         (dict(partition="thirds"), "partition must be one of conv_blocks, .*got 'thirds'"),
     ],
 )

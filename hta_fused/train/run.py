@@ -216,7 +216,7 @@ def network(settings: Settings) -> nn.Module:
 
 def batches_of(images: Images, settings: Settings, seed: int) -> Batches:
     s = settings
-    return Batches(images, s.batch_size, seed, s.torch_device, s.torch_memory_format, s.compute_dtype)
+    return Batches(images, s.batch_size, seed, s.torch_device, s.torch_memory_format, s.compute_dtype, s.flip)
 
 
 @torch.no_grad()

@@ -49,6 +49,9 @@ class Settings:
     dataset: Literal["digits", "cifar10", "synthetic"] = flag("digits", "data", "DATASET", "the images")
     data_dir: Path = flag(Path("data"), "data", "FOLDER", "where CIFAR-10 lies, packed or not")  # noqa: RUF009
     download: bool = flag(False, "data", "", "fetch CIFAR-10 if it is not there")
+    flip: Literal["random", "alternating"] = flag(
+        "random", "data", "HOW", "images are mirrored: at random, or every other epoch"
+    )
 
     copies: int = flag(2, "homotopy", "COPIES", "networks that HTA trains while L falls")
     batches: Literal["shared", "own"] = flag("shared", "homotopy", "WHOSE", "one for all copies or one each")
@@ -120,6 +123,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least 0 and under 1, got {getattr(self, name)}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if self.dataset == "digits" and self.flip == "alternating":
+            raise ValueError("flip must be random where the dataset is digits, which are never mirrored")
         self._check_schedule()
         self._check_numbers()
 
