@@ -335,6 +335,21 @@ def test_label_smoothing_is_in_the_training_loss_and_not_in_the_test_loss():
     assert evaluate(net, run.batches, run.settings)[0] == pytest.approx(-float(right.detach().mean()), rel=1e-5)
 
 
+@torch.no_grad()
+def test_tta_takes_the_mean_logits_of_both_views():
+    run = run_of(replace(TINY, tta=True))
+    net = run.phase.networks[0].eval()
+    images, labels = (torch.cat(parts) for parts in zip(*run.batches.unaugmented("test"), strict=True))
+    mean = (net(images) + net(images.flip(-1))) / 2
+    loss, accuracy = evaluate(net, run.batches, run.settings)
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(mean, labels)), rel=1e-5)
+    assert accuracy == pytest.approx(float(100 * (mean.argmax(1) == labels).float().mean()))
+    plain = evaluate(net, run.batches, TINY)
+    assert plain[0] != loss
+    run.batches.images.flip = False
+    assert evaluate(net, run.batches, run.settings) == plain
+
+
 def test_json_has_a_name_for_every_number():
     text = as_json({"a": [math.nan, 1.0], "b": (math.inf, {"c": -math.inf})})
     assert json.loads(text) == {"a": ["nan", 1.0], "b": ["inf", {"c": "-inf"}]}
@@ -392,6 +407,7 @@ def test_lr_schedules_start_and_end_where_they_should():
         (dict(data_dir=None), "data_dir must be a path, got None"),
         (dict(label_smoothing=1.0), "label_smoothing must be at least 0 and under 1, got 1.0"),
         (dict(label_smoothing=math.nan), "label_smoothing must be at least 0 and under 1, got nan"),
+        (dict(tta=True, dataset="digits"), "tta must be False where the dataset is digits"),
         (dict(flip="alternating", dataset="digits"), "flip must be random where the dataset is digits"),
         (dict(partition="thirds"), "partition must be one of conv_blocks, .*got 'thirds'"),
     ],

@@ -221,13 +221,15 @@ def batches_of(images: Images, settings: Settings, seed: int) -> Batches:
 
 @torch.no_grad()
 def evaluate(net: nn.Module, batches: Batches, settings: Settings) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (in %) of a network on the test set."""
+    """Mean cross-entropy and accuracy (in %) of a network on the test set, with `tta` of the mean logits of two views."""
     was_training = net.training
     net.eval()
     sums = []
     with settings.autocast():
         for images, labels in batches.unaugmented("test"):
             logits = net(images).float()
+            if settings.tta and batches.images.flip:
+                logits = (logits + net(images.flip(3)).float()) / 2
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums.append(torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()]))
     net.train(was_training)

@@ -52,6 +52,7 @@ class Settings:
     flip: Literal["random", "alternating"] = flag(
         "random", "data", "HOW", "images are mirrored: at random, or every other epoch"
     )
+    tta: bool = flag(False, "data", "", "test by the mean logits of an image and its mirror image")
 
     copies: int = flag(2, "homotopy", "COPIES", "networks that HTA trains while L falls")
     batches: Literal["shared", "own"] = flag("shared", "homotopy", "WHOSE", "one for all copies or one each")
@@ -123,8 +124,9 @@ class Settings:
                 raise ValueError(f"{name} must be at least 0 and under 1, got {getattr(self, name)}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
-        if self.dataset == "digits" and self.flip == "alternating":
-            raise ValueError("flip must be random where the dataset is digits, which are never mirrored")
+        if self.dataset == "digits" and (self.flip == "alternating" or self.tta):
+            setting = "tta must be False" if self.tta else "flip must be random"
+            raise ValueError(f"{setting} where the dataset is digits, which are never mirrored")
         self._check_schedule()
         self._check_numbers()
 
