@@ -390,6 +390,22 @@ def test_lr_schedules_start_and_end_where_they_should():
     assert 0 < cycle.lr_at(9.99, 10) < 0.001
 
 
+@pytest.mark.parametrize("lr_schedule", ["constant", "cosine"])
+def test_the_learning_rate_rises_in_the_warmup_and_is_the_schedules_after_it(lr_schedule):
+    run = run_of(replace(TINY, lr_schedule=lr_schedule, warmup=2, epochs=4))
+    plain = run_of(replace(run.settings, warmup=0))
+    lrs = []
+    for run.epoch in range(4):
+        plain.epoch = run.epoch
+        lrs += [run._lr_at(batch) / plain._lr_at(batch) for batch in range(len(run.batches))]
+    steps = 2 * len(run.batches)
+    assert lrs == pytest.approx([(i + 1) / steps for i in range(steps)] + [1.0] * steps)
+    run.epoch = 0
+    run.start_epoch()
+    run.advance()
+    assert run.phase.optimizer.param_groups[0]["lr"] == pytest.approx(TINY.lr / steps)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -407,6 +423,8 @@ def test_lr_schedules_start_and_end_where_they_should():
         (dict(data_dir=None), "data_dir must be a path, got None"),
         (dict(label_smoothing=1.0), "label_smoothing must be at least 0 and under 1, got 1.0"),
         (dict(label_smoothing=math.nan), "label_smoothing must be at least 0 and under 1, got nan"),
+        (dict(warmup=-1), "warmup must not be negative, got -1"),
+        (dict(warmup=3), "warmup must be under epochs, 3, got 3"),
         (dict(tta=True, dataset="digits"), "tta must be False where the dataset is digits"),
         (dict(flip="alternating", dataset="digits"), "flip must be random where the dataset is digits"),
         (dict(partition="thirds"), "partition must be one of conv_blocks, .*got 'thirds'"),

@@ -102,7 +102,8 @@ class Run:
         return min(self.batch * self.batches.batch_size, len(self.batches.images.train))
 
     def _lr_at(self, batch: int) -> float:
-        return self.settings.lr_at(self.epoch + batch / len(self.batches), self.job.epochs)
+        steps = len(self.batches)
+        return self.settings.lr_at(self.epoch + batch / steps, self.job.epochs, 1 / steps)
 
     # ------------------------------------------------------------------------------------------------------- steps
 

@@ -80,6 +80,7 @@ class Settings:
     lr_schedule: Literal["constant", "halve", "cosine", "one-cycle"] = flag(
         "cosine", "optimisation", "SCHEDULE", "LR falls"
     )
+    warmup: int = flag(0, "optimisation", "EPOCHS", "at the start, in which LR rises from 0 to its schedule")
     halve_every: int = flag(30, "optimisation", "EPOCHS", "between two halvings")
     momentum: float = flag(0.9, "optimisation", "MOMENTUM", "SGD's momentum")
     weight_decay: float = flag(5e-4, "optimisation", "DECAY", "SGD's weight decay")
@@ -106,7 +107,7 @@ class Settings:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("decoupled", "threads", "momentum", "weight_decay", "seed", "L_start", "L_stop"):
+        for name in ("decoupled", "warmup", "threads", "momentum", "weight_decay", "seed", "L_start", "L_stop"):
             if not 0 <= getattr(self, name) < math.inf:
                 wanted = "not be negative" if getattr(self, name) < 0 else "be finite"
                 raise ValueError(f"{name} must {wanted}, got {getattr(self, name)}")
@@ -117,6 +118,8 @@ class Settings:
         for name, most in ({name: MOST for name in (*counts, "decoupled")} | limits).items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+        if not self.warmup < self.epochs:
+            raise ValueError(f"warmup must be under epochs, {self.epochs}, got {self.warmup}")
         if not self.momentum < 1:
             raise ValueError(f"momentum must be under 1, got {self.momentum}")
         for name in ("label_smoothing",):
@@ -174,8 +177,17 @@ class Settings:
             falling = L_schedules.constant(self.L_start, self.epochs_per_L)
         return L_schedules.decoupled(self.decoupled) + falling if self.decoupled else falling
 
-    def lr_at(self, progress: float, total: int) -> float:
-        """The learning rate after `progress` of `total` epochs."""
+    def lr_at(self, progress: float, total: int, step: float = 0.0) -> float:
+        """The learning rate after `progress` of `total` epochs.
+
+        Args:
+            progress, total: in epochs.
+            step: the part of an epoch that the next step is. A warm-up of n steps begins with 1/n and ends with 1.
+        """
+        risen = min(1.0, (progress + step) / self.warmup) if self.warmup else 1.0
+        return risen * self._schedule_at(progress, total)
+
+    def _schedule_at(self, progress: float, total: int) -> float:
         if self.lr_schedule == "halve":
             return self.lr * 0.5 ** (int(progress) // self.halve_every)
         if self.lr_schedule == "cosine":
