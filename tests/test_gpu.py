@@ -210,8 +210,10 @@ def test_the_planned_step_of_a_graph_is_the_step_that_the_host_directs(tmp_path,
             monkeypatch.setattr(Settings, "captures", True)
             pretended = Pretended()
             monkeypatch.setattr(run, "Graphed", lambda device, on_failure, pretended=pretended: pretended)
-        assert Trainer(settings(tmp_path / f"{method}{planned}", method=method)).train()
-        finished.append(torch.load(tmp_path / f"{method}{planned}" / f"{method}-seed0.pt"))
+        folder = tmp_path / f"{method}{planned}"
+        assert Trainer(settings(folder, method=method, ema=0.9, swa=0.1)).train()
+        networks = {name: torch.load(folder / f"{method}-seed0{name}.pt") for name in ("", "-ema", "-swa")}
+        finished.append({f"{name} {k}": tensor for name, state in networks.items() for k, tensor in state.items()})
     assert (pretended.whole, pretended.others) == (3 * 8, 3)  # 512 images: 8 batches of 60, one of 32
     for name, tensor in finished[0].items():
         # SGD's planned lr is a float32 tensor

@@ -41,8 +41,8 @@ class Trainer:
     """Works through a comparison's jobs and keeps its folder.
 
     The folder holds checkpoint.pt, the truth, from the instant that it exists, and the one before beside it; of what
-    the checkpoint says: config.json, metrics.jsonl (a line per epoch), one state_dict per finished run, and at the end
-    summary.json and curves.png. Each is whole at any moment.
+    the checkpoint says: config.json, metrics.jsonl (a line per epoch), one state_dict per finished run (and one each for its EMA and
+    SWA), and at the end summary.json and curves.png. Each is whole at any moment.
 
     Args:
         settings: what to train; `out`, a new folder, must be set.
@@ -163,7 +163,9 @@ class Trainer:
                     if not finished:
                         return False
                     self._check_finite(job)
-                self._export(job, self._run.phase.mean().state_dict())
+                self._export(job.name, self._run.phase.mean().state_dict())
+                for name, net in self._run.averages.networks.items():
+                    self._export(f"{job.name}-{name}", net.state_dict())
                 self.done, self._run = self.done + 1, None
                 self._save()
             self.team.lead(self._finish)
@@ -213,7 +215,8 @@ class Trainer:
         row = run.end_epoch(seconds / fresh if fresh > 0 else 0.0)
         self.rows.append(self.team.lead(lambda: row))
         if self._tensorboard is not None:
-            for key in ("train_loss", "test_loss", "test_accuracy", "distance", "lr", "L"):
+            averages = [key for key in row if key.endswith(("_ema", "_swa"))]
+            for key in ("train_loss", "test_loss", "test_accuracy", "distance", "lr", "L", *averages):
                 self._tensorboard.add_scalar(f"{run.job.name}/{key}", row[key], row["epoch"])
         self.report(describe(row, run.job.epochs))
         return True
@@ -263,8 +266,8 @@ class Trainer:
         self.team.lead(lambda: write_json(self.out / "config.json", self.settings.to_json()))
         self.team.lead(self._write_metrics)
 
-    def _export(self, job: Job, state: dict[str, Any]) -> None:
-        self.team.lead(lambda: save_atomically(self.out / f"{job.name}.pt", lambda path: _torch_save(state, path)))
+    def _export(self, name: str, state: dict[str, Any]) -> None:
+        self.team.lead(lambda: save_atomically(self.out / f"{name}.pt", lambda path: _torch_save(state, path)))
 
     def _take(self, content: dict[str, Any]) -> None:
         """Goes on from a checkpoint's content.

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .averages import Averages
 from .data import Batches, Images, mixed
 from .graphs import Graphed
-from .phases import Phase, phase_at
+from .phases import Merged, Phase, phase_at
 from .settings import Settings
 from .team import ALONE, Team
 from .vgg import VGG
@@ -72,12 +73,14 @@ class Run:
             "losses": torch.tensor(self.phase.everyones(self.losses.tolist()), dtype=torch.float64, device="cpu"),
             "random_cuda": torch.cuda.get_rng_state() if self.losses.is_cuda else None,
             "phase": self.phase.state(),
+            "averages": self.averages.state(),
             "scaler": self.scaler.state_dict(),
         }
 
     def _load(self, saved: dict[str, Any]) -> None:
         self.phase.load_state(saved["phase"])
         self._enter(self.phase)  # its learning rate may lie elsewhere now
+        self.averages.load_state(saved["averages"])
         if saved["losses"].shape != (self.phase.count,):  # which copy_ might repeat
             raise ValueError(f"losses has shape {tuple(saved['losses'].shape)}, expected {(self.phase.count,)}")
         self.losses.copy_(saved["losses"][self.phase.numbers])
@@ -92,6 +95,8 @@ class Run:
         own = self.settings.batches == "own"
         self.streams = [self.batches.of_copy(number) for number in phase.numbers] if own else [self.batches]
         self.losses = torch.zeros(len(phase.networks), dtype=torch.float64, device=self.settings.torch_device)
+        one = phase.networks[0] if isinstance(phase, Merged) else None
+        self.averages = Averages(self.settings, one, self.job.epochs)
         self.graphed: Graphed | None = None
         if self.settings.captures:
             self.graphed = Graphed(self.losses.device, lambda why: self.report(f"{self.job.name}: {why}"))
@@ -138,6 +143,7 @@ class Run:
             self.graphed(lambda: self.step(size))
         else:
             self.graphed.uncaptured(lambda: self.step(size))
+        self.averages.after_step()
         self.batch += 1
 
     def step(self, size: int) -> None:
@@ -170,7 +176,7 @@ class Run:
 
         Returns:
             A row of metrics. Keys that end in a number are one network's; `test_loss` and `test_accuracy` are those of
-            the networks' mean, `train_loss` is the mean of theirs.
+            the networks' mean, `train_loss` is the mean of theirs; those that end in `_ema` and `_swa` are the averages'.
         """
         phase, settings, copies = self.phase, self.settings, self.phase.count
         measured = phase.everyones(
@@ -195,6 +201,9 @@ class Run:
         }
         for number, of_copy in enumerate(measured):
             row[f"train_loss_{number}"], row[f"test_loss_{number}"], row[f"test_accuracy_{number}"] = of_copy
+        self.averages.end_epoch(self.epoch, self.batches)
+        for name, net in self.averages.networks.items():
+            row[f"test_loss_{name}"], row[f"test_accuracy_{name}"] = evaluate(net, self.batches, settings)
         self.epoch, self.batch = self.epoch + 1, 0
         with settings.autocast():
             following = phase.following(self.epoch, (images for images, _ in self.batches.unaugmented("train")))

@@ -84,6 +84,12 @@ class Settings:
     halve_every: int = flag(30, "optimisation", "EPOCHS", "between two halvings")
     momentum: float = flag(0.9, "optimisation", "MOMENTUM", "SGD's momentum")
     weight_decay: float = flag(5e-4, "optimisation", "DECAY", "SGD's weight decay")
+    ema: float = flag(
+        0.0, "optimisation", "DECAY", "of a moving average of the one network's weights, from the merge on; 0: none"
+    )
+    swa: float = flag(
+        0.0, "optimisation", "PART", "of the epochs, the last, whose weights are averaged, from the merge on; 0: none"
+    )
     label_smoothing: float = flag(0.0, "optimisation", "PART", "of the training loss; the test loss is plain")
     batch_size: int = flag(64, "optimisation", "IMAGES", "in a batch, of every copy")
     seed: int = flag(0, "optimisation", "SEED", "of weights, order, crops, dropout")
@@ -122,7 +128,9 @@ class Settings:
             raise ValueError(f"warmup must be under epochs, {self.epochs}, got {self.warmup}")
         if not self.momentum < 1:
             raise ValueError(f"momentum must be under 1, got {self.momentum}")
-        for name in ("label_smoothing",):
+        if not 0 <= self.swa <= 1:
+            raise ValueError(f"swa must be from 0 to 1, got {self.swa}")
+        for name in ("label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and under 1, got {getattr(self, name)}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
@@ -150,6 +158,9 @@ class Settings:
         if self.method != "sgd" and self.L_schedule.epochs > self.epochs:
             least = self.L_schedule.epochs
             raise ValueError(f"epochs must be at least {least}, which the schedule of L takes, got {self.epochs}")
+        for name in ("ema", "swa"):
+            if getattr(self, name) and self.method != "sgd" and self.L_schedule.epochs == self.epochs:
+                raise ValueError(f"{name} must be 0 where no epoch is left after the merge, got {getattr(self, name)}")
 
     def _check_numbers(self) -> None:
         """Refuses what the coupled step would refuse when it comes to it."""
