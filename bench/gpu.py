@@ -212,10 +212,7 @@ def training(
 
     torch.set_default_device(None)  # the trainer names its devices, and a DataLoader's sampler wants the CPU
     images = data.synthetic(train=(100 if device == "cuda" else 4) * batch, test=64)
-    low = precision != "fp32"
-    chosen: dict[str, Any] = dict(
-        model=name, width=width, batch_size=batch, precision=precision, channels_last=low, device=device
-    )
+    chosen: dict[str, Any] = dict(model=name, width=width, batch_size=batch, precision=precision, device=device)
     settings = Settings(dataset="synthetic", **chosen)
     steps: dict[str, Callable[[], None]] = {}
     runs = {}
@@ -261,7 +258,7 @@ def training(
     captured = {label: run_.graphed is not None and run_.graphed.graph is not None for label, run_ in runs.items()}
     per_copy = {label: (2 if label == both else 1) * batch / seconds for label, (seconds, _) in times.items()}
     return {
-        "title": f"Training {name.upper()}, batch {batch}, {precision}{', channels-last' if low else ''}",
+        "title": f"Training {name.upper()}, batch {batch}, {precision}, {settings.chosen_format.replace('_', '-')}",
         "base": both,
         "times": times,
         "captured": captured,
@@ -284,7 +281,7 @@ def train(out: Path, data_dir: Path | None) -> dict[str, Any]:
     found = data_dir is not None and data_dir.exists()
     settings = Settings(
         dataset="cifar10" if found else "synthetic", data_dir=data_dir or Path("data"), model="vgg16", width=1.0,
-        epochs=8, batch_size=128, precision="bf16", channels_last=True, L_start=0.01, L_stop=0.007, device="cuda", out=folder,
+        epochs=8, batch_size=128, precision="bf16", L_start=0.01, L_stop=0.007, device="cuda", out=folder,
     )  # fmt: skip
     lines: list[str] = []
 

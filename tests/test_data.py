@@ -202,3 +202,48 @@ def test_normalised_batches(layout):
     assert torch.allclose(x, (images.test / 255 - mean) / std, atol=1e-5)
     assert x.is_contiguous(memory_format=layout)
     assert torch.equal(y, images.test_labels)
+
+
+def seen_mirrored(batches, epoch):
+    """For each image whether an epoch shows it mirrored, told from its pixels; where crops leave it as it is."""
+    batches.begin(epoch)
+    batches._offsets.fill_(data.PADDING)
+    shown = torch.cat([batches.next(batches.size(i))[0] for i in range(len(batches))])
+    plain = batches.normalise(batches.images.train[batches._order])
+    mirrored = torch.tensor([torch.allclose(a, b.flip(-1)) for a, b in zip(shown, plain, strict=True)])
+    as_it_is = torch.tensor([torch.allclose(a, b) for a, b in zip(shown, plain, strict=True)])
+    assert torch.equal(mirrored, ~as_it_is)
+    return torch.empty_like(mirrored).scatter_(0, batches._order, mirrored)
+
+
+def test_an_alternating_flip_shows_each_image_once_mirrored_in_two_epochs():
+    batches = data.Batches(data.synthetic(100, 20), 32, seed=5, flip="alternating")
+    first, second, third = (seen_mirrored(batches, epoch) for epoch in (3, 4, 5))
+    assert torch.equal(first, ~second)
+    assert torch.equal(first, third)
+    assert 30 < first.sum() < 70
+
+
+def test_copies_alternate_against_each_other():
+    batches = data.Batches(data.synthetic(100, 20), 32, seed=5, flip="alternating")
+    zero, one, two = (seen_mirrored(batches.of_copy(copy), 0) for copy in range(3))
+    assert torch.equal(zero, ~one)
+    assert torch.equal(zero, two)
+    other = seen_mirrored(data.Batches(batches.images, 32, seed=6, flip="alternating"), 0)
+    assert not torch.equal(zero, other)
+
+
+def test_no_flip_mirrors_what_must_not_be_mirrored():
+    images = data.synthetic(100, 20)
+    images.flip = False
+    for flip in ("random", "alternating"):
+        assert not seen_mirrored(data.Batches(images, 32, flip=flip), 1).any()
+
+
+def test_a_random_flip_is_the_one_that_it_was():
+    batches = data.Batches(data.synthetic(64, 20), 32, seed=5)
+    batches.begin(2)
+    generator = torch.Generator().manual_seed(data.mixed(5, 2, 0))
+    assert torch.equal(batches._order, torch.randperm(64, generator=generator))
+    assert torch.equal(batches._offsets, torch.randint(9, (2, 64), generator=generator))
+    assert torch.equal(batches._mirrored, torch.rand(64, generator=generator) < 0.5)

@@ -9,7 +9,7 @@ import torch
 from conftest import relative_error
 
 import hta_fused as hta
-from hta_fused.train import Settings, Trainer, graphs, run
+from hta_fused.train import Settings, Trainer, data, graphs, run
 
 
 class Net(torch.nn.Module):
@@ -210,8 +210,10 @@ def test_the_planned_step_of_a_graph_is_the_step_that_the_host_directs(tmp_path,
             monkeypatch.setattr(Settings, "captures", True)
             pretended = Pretended()
             monkeypatch.setattr(run, "Graphed", lambda device, on_failure, pretended=pretended: pretended)
-        assert Trainer(settings(tmp_path / f"{method}{planned}", method=method)).train()
-        finished.append(torch.load(tmp_path / f"{method}{planned}" / f"{method}-seed0.pt"))
+        folder = tmp_path / f"{method}{planned}"
+        assert Trainer(settings(folder, method=method, ema=0.9, swa=0.1)).train()
+        networks = {name: torch.load(folder / f"{method}-seed0{name}.pt") for name in ("", "-ema", "-swa")}
+        finished.append({f"{name} {k}": tensor for name, state in networks.items() for k, tensor in state.items()})
     assert (pretended.whole, pretended.others) == (3 * 8, 3)  # 512 images: 8 batches of 60, one of 32
     for name, tensor in finished[0].items():
         # SGD's planned lr is a float32 tensor
@@ -251,8 +253,25 @@ def test_a_captured_step_follows_its_settings():
 @pytest.mark.parametrize("graph", [True, False])
 def test_training_on_the_gpu_learns(tmp_path, precision, graph):
     said = []
-    s = replace(settings(tmp_path, method="compare", precision=precision, graph=graph), device="cuda", epochs=12)
+    of_the_run = dict(method="compare", precision=precision, graph=graph, ema=0.9, swa=0.25)
+    s = replace(settings(tmp_path, **of_the_run), device="cuda", epochs=12)
     assert Trainer(s, report=said.append).train()
     assert not any("no CUDA graph" in line for line in said), said
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert all(r["accuracy_mean"] > 30 for r in summary["runs"].values()), summary
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_averages_beside_a_captured_step_are_those_of_its_steps(tmp_path):
+    s = replace(settings(tmp_path, method="sgd", ema=0.9), device="cuda")
+    training = run.Run(s, run.Job("SGD", "sgd", 3, 0), run.batches_of(data.synthetic(), s, 0))
+    wanted = None
+    for _ in range(3):
+        training.start_epoch()
+        while training.batch < len(training.batches):
+            training.advance()
+            weights = [p.detach().clone() for p in training.phase.networks[0].parameters()]
+            wanted = weights if wanted is None else [a.lerp(b, 0.1) for a, b in zip(wanted, weights, strict=True)]
+        training.end_epoch(1.0)
+    assert training.graphed.graph is not None
+    torch.testing.assert_close(list(training.averages.networks["ema"].parameters()), wanted)

@@ -148,10 +148,10 @@ def spoil(run: Run, net: Any, loss: torch.Tensor) -> torch.Tensor:
 
 
 OTHERS = {
-    "all methods": dict(method="compare", epochs=2, L_stop=0.01, batches="shared"),
+    "all methods, averaged": dict(method="compare", epochs=2, L_stop=0.01, batches="shared", ema=0.9, swa=0.5),
     "hashed": dict(partition="hashed", start="independent", anchor="random"),
     "explicit": dict(mode="explicit", L_start=0.5, L_stop=0.5, lr=0.01, epochs=2),
-    "bf16": dict(precision="bf16", epochs=2, channels_last=True),
+    "bf16": dict(precision="bf16", epochs=2, memory_format="contiguous"),
     "fp16, NaN in copy 1": dict(precision="fp16", epochs=1, L_stop=0.01),
     "decoupled, NaN in copy 1": dict(decoupled=1, epochs=4),
 }

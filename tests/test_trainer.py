@@ -18,7 +18,7 @@ import torch
 
 from hta_fused.files import as_json, save_atomically, write_json
 from hta_fused.train import PAPER, Job, Run, Settings, Trainer, cli, data
-from hta_fused.train.run import batches_of
+from hta_fused.train.run import batches_of, evaluate
 from hta_fused.train.vgg import CONFIGURATIONS, VGG, parameter_count
 
 # Two epochs apart, one merged; a second or two.
@@ -102,7 +102,7 @@ def test_exported_state_dict_is_a_plain_vggs(finished, capsys):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(precision="bf16", channels_last=True),
+        dict(precision="bf16", memory_format="contiguous"),
         dict(decoupled=1, partition="random_units", anchor="zero", start="independent", epochs=4),
         dict(
             schedule="geometric",
@@ -264,6 +264,18 @@ def test_a_run_goes_on_with_the_threads_it_was_begun_with(tmp_path):
         torch.set_num_threads(before)
 
 
+def test_a_run_goes_on_in_the_memory_format_it_was_begun_with(tmp_path, monkeypatch):
+    """On another device "auto" may stand for another one, in which a partition's blocks would be other elements."""
+    settings = replace(TINY, method="hta", out=tmp_path / "run")
+    whole = replace(settings, out=tmp_path / "whole")
+    Trainer(whole, report=lambda _: None).train()
+    asked = iter(i == 5 for i in range(10**6))
+    Trainer(settings, stop=lambda: next(asked), report=lambda _: None).train()
+    monkeypatch.setattr(Settings, "chosen_format", property(lambda s: s.memory_format.replace("auto", "contiguous")))
+    assert Trainer.resume(settings.out, report=lambda _: None).train()
+    same_results(whole.out, settings.out)
+
+
 def test_other_machines_are_named(tmp_path, monkeypatch):
     settings = replace(TINY, method="sgd", epochs=1, out=tmp_path / "run")
     Trainer(settings, stop=lambda: True, report=lambda _: None).train()
@@ -310,6 +322,34 @@ def test_own_batches_are_each_copys_own(batches):
     assert all(sorted(order) == list(range(512)) for order in orders)
 
 
+def run_of(settings: Settings, method: str = "sgd") -> Run:
+    return Run(settings, Job(method, method, settings.epochs, 0), batches_of(data.synthetic(), settings, 0))
+
+
+def test_label_smoothing_is_in_the_training_loss_and_not_in_the_test_loss():
+    run = run_of(replace(TINY, label_smoothing=0.1))
+    net, images, labels = run.phase.networks[0].eval(), *next(run.batches.unaugmented("test"))
+    log = net(images).log_softmax(1)
+    right = log.gather(1, labels[:, None])[:, 0]
+    assert torch.allclose(run.loss(net, (images, labels)), -(0.9 * right + 0.1 * log.mean(1)).mean())
+    assert evaluate(net, run.batches, run.settings)[0] == pytest.approx(-float(right.detach().mean()), rel=1e-5)
+
+
+@torch.no_grad()
+def test_tta_takes_the_mean_logits_of_both_views():
+    run = run_of(replace(TINY, tta=True))
+    net = run.phase.networks[0].eval()
+    images, labels = (torch.cat(parts) for parts in zip(*run.batches.unaugmented("test"), strict=True))
+    mean = (net(images) + net(images.flip(-1))) / 2
+    loss, accuracy = evaluate(net, run.batches, run.settings)
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(mean, labels)), rel=1e-5)
+    assert accuracy == pytest.approx(float(100 * (mean.argmax(1) == labels).float().mean()))
+    plain = evaluate(net, run.batches, TINY)
+    assert plain[0] != loss
+    run.batches.images.flip = False
+    assert evaluate(net, run.batches, run.settings) == plain
+
+
 def test_json_has_a_name_for_every_number():
     text = as_json({"a": [math.nan, 1.0], "b": (math.inf, {"c": -math.inf})})
     assert json.loads(text) == {"a": ["nan", 1.0], "b": ["inf", {"c": "-inf"}]}
@@ -326,6 +366,21 @@ def test_the_papers_recipe():
     assert [paper.lr_at(e, 300) for e in (0, 29.9, 30, 60)] == [0.05, 0.05, 0.025, 0.0125]
 
 
+def test_auto_is_the_memory_format_that_convolutions_are_fastest_in():
+    formats = {
+        (device, precision): replace(TINY, device=device, precision=precision).torch_memory_format
+        for device in ("cpu", "cuda")
+        for precision in ("fp32", "bf16")
+    }
+    assert formats.pop(("cuda", "fp32")) == torch.contiguous_format
+    assert set(formats.values()) == {torch.channels_last}
+    run = Run(TINY, Job("SGD", "sgd", 3, 0), batches_of(data.synthetic(), TINY, 0))
+    run.start_epoch()
+    assert run.phase.networks[0].features[3 + 1].weight.is_contiguous(memory_format=torch.channels_last)
+    assert run.batches.next(5)[0].is_contiguous(memory_format=torch.channels_last)
+    assert replace(TINY, memory_format="contiguous").torch_memory_format == torch.contiguous_format
+
+
 def test_lr_schedules_start_and_end_where_they_should():
     cosine, cycle = replace(TINY, lr_schedule="cosine"), replace(TINY, lr_schedule="one-cycle")
     assert cosine.lr_at(0, 10) == 0.05
@@ -333,6 +388,22 @@ def test_lr_schedules_start_and_end_where_they_should():
     assert max(cycle.lr_at(i / 10, 10) for i in range(100)) == pytest.approx(0.05)
     assert 0 < cycle.lr_at(0, 10) < 0.01
     assert 0 < cycle.lr_at(9.99, 10) < 0.001
+
+
+@pytest.mark.parametrize("lr_schedule", ["constant", "cosine"])
+def test_the_learning_rate_rises_in_the_warmup_and_is_the_schedules_after_it(lr_schedule):
+    run = run_of(replace(TINY, lr_schedule=lr_schedule, warmup=2, epochs=4))
+    plain = run_of(replace(run.settings, warmup=0))
+    lrs = []
+    for run.epoch in range(4):
+        plain.epoch = run.epoch
+        lrs += [run._lr_at(batch) / plain._lr_at(batch) for batch in range(len(run.batches))]
+    steps = 2 * len(run.batches)
+    assert lrs == pytest.approx([(i + 1) / steps for i in range(steps)] + [1.0] * steps)
+    run.epoch = 0
+    run.start_epoch()
+    run.advance()
+    assert run.phase.optimizer.param_groups[0]["lr"] == pytest.approx(TINY.lr / steps)
 
 
 @pytest.mark.parametrize(
@@ -350,6 +421,18 @@ def test_lr_schedules_start_and_end_where_they_should():
         (dict(batch_size=64.0), "batch_size must be a whole number, got 64.0"),
         (dict(batch_norm=1), "batch_norm must be True or False, got 1"),
         (dict(data_dir=None), "data_dir must be a path, got None"),
+        (dict(label_smoothing=1.0), "label_smoothing must be at least 0 and under 1, got 1.0"),
+        (dict(label_smoothing=math.nan), "label_smoothing must be at least 0 and under 1, got nan"),
+        (dict(ema=1.0), "ema must be at least 0 and under 1, got 1.0"),
+        (dict(ema=-0.1), "ema must be at least 0 and under 1, got -0.1"),
+        (dict(swa=1.5), "swa must be from 0 to 1, got 1.5"),
+        (dict(swa=math.nan), "swa must be from 0 to 1, got nan"),
+        (dict(ema=0.9, epochs=2), "ema must be 0 where no epoch is left after the merge, got 0.9"),
+        (dict(swa=0.5, epochs=2), "swa must be 0 where no epoch is left after the merge, got 0.5"),
+        (dict(warmup=-1), "warmup must not be negative, got -1"),
+        (dict(warmup=3), "warmup must be under epochs, 3, got 3"),
+        (dict(tta=True, dataset="digits"), "tta must be False where the dataset is digits"),
+        (dict(flip="alternating", dataset="digits"), "flip must be random where the dataset is digits"),
         (dict(partition="thirds"), "partition must be one of conv_blocks, .*got 'thirds'"),
     ],
 )

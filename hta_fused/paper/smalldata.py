@@ -50,17 +50,17 @@ def methods(plain: Settings, lr: float, parallel_lr: float) -> dict[str, Setting
     apart = plain.epochs * 4 // 5
     plain = replace(plain, method="sgd", lr=lr)
     longer = replace(plain, epochs=plain.epochs + apart)
-    own = replace(plain, method="hta", batches="own", partition="none")
+    own: dict[str, Any] = {"method": "hta", "batches": "own", "partition": "none"}
     return {
         "SGD": plain,
         BASE: replace(longer, ema=0.998, swa=0.25),
         PARALLEL: replace(longer, batch_size=2 * plain.batch_size, lr=parallel_lr),
-        "local SGD": replace(own, coupling="average", every=16, schedule="constant", epochs_per_L=apart),
+        "local SGD": replace(plain, **own, coupling="average", every=16, schedule="constant", epochs_per_L=apart),
         "HTA, as in the paper": replace(
             plain, method="hta", **(_fall(6, apart) if apart >= 6 else {"schedule": "constant", "epochs_per_L": apart})
         ),
         "tight, loose, merged": replace(
-            own, schedule="tight-loose-merge", L_start=0.01, L_stop=100.0, epochs_per_L=apart // 2
+            plain, **own, schedule="tight-loose-merge", L_start=0.01, L_stop=100.0, epochs_per_L=apart // 2
         ),
     }
 

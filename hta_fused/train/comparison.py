@@ -41,8 +41,8 @@ class Trainer:
     """Works through a comparison's jobs and keeps its folder.
 
     The folder holds checkpoint.pt, the truth, from the instant that it exists, and the one before beside it; of what
-    the checkpoint says: config.json, metrics.jsonl (a line per epoch), one state_dict per finished run, and at the end
-    summary.json and curves.png. Each is whole at any moment.
+    the checkpoint says: config.json, metrics.jsonl (a line per epoch), one state_dict per finished run (and one each for its EMA and
+    SWA), and at the end summary.json and curves.png. Each is whole at any moment.
 
     Args:
         settings: what to train; `out`, a new folder, must be set.
@@ -90,11 +90,12 @@ class Trainer:
         self.done = 0
         self._run: Run | None = None  # under way
         # What the bits depend on beside the settings.
-        self.machine = {
+        self.machine: dict[str, Any] = {
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
             "processor": processor(),
             "instructions": backends()["cpu"],
+            "memory_format": settings.chosen_format,
         }
         team.agree({"the images": self.fingerprint, "threads": self.machine["threads"]})
         self._folder: Folder | None  # in the process that holds it
@@ -162,7 +163,9 @@ class Trainer:
                     if not finished:
                         return False
                     self._check_finite(job)
-                self._export(job, self._run.phase.mean().state_dict())
+                self._export(job.name, self._run.phase.mean().state_dict())
+                for name, net in self._run.averages.networks.items():
+                    self._export(f"{job.name}-{name}", net.state_dict())
                 self.done, self._run = self.done + 1, None
                 self._save()
             self.team.lead(self._finish)
@@ -194,7 +197,9 @@ class Trainer:
 
     def _new_run(self, saved: dict[str, Any] | None) -> Run:
         job = self.jobs[self.done]
-        return Run(self.settings, job, batches_of(self.images, self.settings, job.seed), self.report, saved, self.team)
+        # The one that the run was begun with, whatever is fastest here: blocks of a partition depend on it.
+        settings = replace(self.settings, memory_format=self.machine["memory_format"])
+        return Run(settings, job, batches_of(self.images, settings, job.seed), self.report, saved, self.team)
 
     def _epoch(self, run: Run) -> bool:
         start, already = time.perf_counter(), run.images_seen
@@ -210,7 +215,8 @@ class Trainer:
         row = run.end_epoch(seconds / fresh if fresh > 0 else 0.0)
         self.rows.append(self.team.lead(lambda: row))
         if self._tensorboard is not None:
-            for key in ("train_loss", "test_loss", "test_accuracy", "distance", "lr", "L"):
+            averages = [key for key in row if key.endswith(("_ema", "_swa"))]
+            for key in ("train_loss", "test_loss", "test_accuracy", "distance", "lr", "L", *averages):
                 if row[key] is not None:
                     self._tensorboard.add_scalar(f"{run.job.name}/{key}", row[key], row["epoch"])
         self.report(describe(row, run.job.epochs))
@@ -261,8 +267,8 @@ class Trainer:
         self.team.lead(lambda: write_json(self.out / "config.json", self.settings.to_json()))
         self.team.lead(self._write_metrics)
 
-    def _export(self, job: Job, state: dict[str, Any]) -> None:
-        self.team.lead(lambda: save_atomically(self.out / f"{job.name}.pt", lambda path: _torch_save(state, path)))
+    def _export(self, name: str, state: dict[str, Any]) -> None:
+        self.team.lead(lambda: save_atomically(self.out / f"{name}.pt", lambda path: _torch_save(state, path)))
 
     def _take(self, content: dict[str, Any]) -> None:
         """Goes on from a checkpoint's content.
@@ -274,6 +280,8 @@ class Trainer:
             raise Refused(
                 f"the images are not those that it was trained on (fingerprint {self.fingerprint}, was {content['data']})"
             )
+        begun = content["machine"]
+        self.machine["memory_format"] = begun["memory_format"]
         self.done, run = content["done"], None
         if content["run"] is not None:
             try:
@@ -281,7 +289,6 @@ class Trainer:
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 why = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise Refused(f"its run does not fit its settings: {why}") from error
-        begun = content["machine"]
         for name in ("torch", "processor", "instructions"):
             if begun[name] != self.machine[name]:
                 self.report(f"begun with {name} {begun[name]}, going on with {self.machine[name]}: the bits may differ")
@@ -343,7 +350,7 @@ def _settings_of(content: dict[str, Any]) -> Settings:
         isinstance(row, dict) and {"run", "seed", "train_loss", "test_loss"} <= row.keys() for row in content["rows"]
     ):
         raise Refused("it is no checkpoint of hta-train, or of another version: its rows are no metrics")
-    if not {"threads", "torch", "processor", "instructions"} <= content["machine"].keys():
+    if not {"threads", "torch", "processor", "instructions", "memory_format"} <= content["machine"].keys():
         raise Refused("it is no checkpoint of hta-train, or of another version: its machine is not described")
     try:
         settings = Settings.from_json(content["settings"])

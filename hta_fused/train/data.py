@@ -23,6 +23,7 @@ from ..files import save_atomically
 from ..ops import batch_
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what the CIFAR-10 recipe uses
+NEVER = 2**32 - 1  # an epoch for draws that are not an epoch's own
 PADDING = 4  # random crops of 32 out of 40
 
 
@@ -271,6 +272,8 @@ class Batches:
         batch_size: of training batches; the last, smaller one of an epoch is kept.
         seed: every random number of epoch e of copy j follows from (seed, e, j).
         device, memory_format, dtype: of the batches.
+        flip: "random" mirrors half of an epoch's images; "alternating" each image in every other epoch, from one that
+            follows from the seed alone, and in odd-numbered copies in the epochs in which even-numbered ones do not.
     """
 
     def __init__(
@@ -281,9 +284,10 @@ class Batches:
         device: torch.device | str = "cpu",
         memory_format: torch.memory_format = torch.contiguous_format,
         dtype: torch.dtype = torch.float32,
+        flip: str = "random",
     ):
         self.images, self.batch_size, self.seed, self.copy = images, batch_size, seed, 0
-        self.memory_format, self.dtype = memory_format, dtype
+        self.memory_format, self.dtype, self.flip = memory_format, dtype, flip
         self.data = {
             "train": (images.train.to(device), images.train_labels.to(device)),
             "test": (images.test.to(device), images.test_labels.to(device)),
@@ -321,9 +325,15 @@ class Batches:
         """Makes batch number `start` of an epoch the next one."""
         count = len(self.images.train)
         generator = torch.Generator().manual_seed(mixed(self.seed, epoch, self.copy))
-        self._order.copy_(torch.randperm(count, generator=generator, device="cpu"))
+        order = torch.randperm(count, generator=generator, device="cpu")
+        self._order.copy_(order)
         self._offsets.copy_(torch.randint(2 * PADDING + 1, (2, count), generator=generator, device="cpu"))
-        self._mirrored.copy_(torch.rand(count, generator=generator, device="cpu") < (0.5 if self.images.flip else 0.0))
+        mirrored = torch.rand(count, generator=generator, device="cpu") < (0.5 if self.images.flip else 0.0)
+        if self.flip == "alternating" and self.images.flip:
+            generator.manual_seed(mixed(self.seed, NEVER))
+            first = torch.rand(count, generator=generator, device="cpu") < 0.5
+            mirrored = first[order] ^ bool((epoch + self.copy) % 2)
+        self._mirrored.copy_(mirrored)
         self._position.fill_(start * self.batch_size)
 
     def next(self, size: int) -> tuple[Tensor, Tensor]:

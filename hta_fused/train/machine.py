@@ -48,7 +48,8 @@ def check(settings: Settings, processes: int | None = None) -> None:
 
 
 def memory(settings: Settings, copies: int | None = None) -> int:
-    """Bytes that parameters, gradients, momenta and the anchor take, of some or of all copies; activations and images come on
+    """Bytes that parameters, gradients, momenta, the anchor and averages take, of some or of all copies; activations and images come on
     top."""
-    tensors = 3 if settings.method == "sgd" else 3 * (copies or settings.copies) + 1
+    one = 3 + bool(settings.ema) + bool(settings.swa)
+    tensors = one if settings.method == "sgd" else max(one, 3 * (copies or settings.copies) + 1)
     return 4 * tensors * parameter_count(settings.model, settings.batch_norm, settings.width)

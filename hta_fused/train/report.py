@@ -64,22 +64,20 @@ def _number(value: float, width: int, form: str = ".3g") -> str:
 
 
 def summarise(rows: list[Row], settings: Settings, fingerprint: str) -> dict[str, Any]:
-    """Mean and deviation over the seeds of each run's last epoch."""
+    """Mean and deviation over the seeds of each run's last epoch; a run's EMA and SWA stand below it."""
     runs = {}
     for label in dict.fromkeys(row["run"] for row in rows):
         by_seed = _by_seed(rows, label)
         last = [epochs[-1] for epochs in by_seed]
-        accuracies = [row["test_accuracy"] for row in last]
-        runs[label] = {
+        cost = {
             "epochs": last[0]["epoch"],
             "work": sum(row["copies"] for row in by_seed[0]),  # epochs, counted once per copy
-            "accuracies": accuracies,
-            "accuracy_mean": statistics.fmean(accuracies),
-            "accuracy_deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-            "test_loss_mean": statistics.fmean(row["test_loss"] for row in last),
             "images_per_second": statistics.median(row["images_per_second"] for epochs in by_seed for row in epochs),
             "seconds": sum(row["seconds"] for epochs in by_seed for row in epochs) / len(last),
         }
+        for average in ("", "_ema", "_swa"):
+            if f"test_loss{average}" in last[0]:
+                runs[label + average.upper().replace("_", " + ")] = cost | _measured(last, average)
     machine = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
@@ -93,6 +91,17 @@ def summarise(rows: list[Row], settings: Settings, fingerprint: str) -> dict[str
         "data": fingerprint,
         "machine": machine,
         "date": datetime.now().isoformat(timespec="seconds"),
+    }
+
+
+def _measured(last: list[Row], average: str) -> dict[str, Any]:
+    """Over the last rows of a run's seeds, for the network or for an average of it, "_ema" or "_swa"."""
+    accuracies = [row[f"test_accuracy{average}"] for row in last]
+    return {
+        "accuracies": accuracies,
+        "accuracy_mean": statistics.fmean(accuracies),
+        "accuracy_deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "test_loss_mean": statistics.fmean(row[f"test_loss{average}"] for row in last),
     }
 
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .averages import Averages
 from .data import Batches, Images, mixed
 from .graphs import Graphed
-from .phases import Phase, phase_at
+from .phases import Merged, Phase, phase_at
 from .settings import Settings
 from .team import ALONE, Team
 from .vgg import VGG
@@ -73,12 +74,14 @@ class Run:
             "losses": torch.tensor(self.phase.everyones(self.losses.tolist()), dtype=torch.float64, device="cpu"),
             "random_cuda": torch.cuda.get_rng_state() if self.losses.is_cuda else None,
             "phase": self.phase.state(),
+            "averages": self.averages.state(),
             "scaler": self.scaler.state_dict(),
         }
 
     def _load(self, saved: dict[str, Any]) -> None:
         self.phase.load_state(saved["phase"])
         self._enter(self.phase)  # its learning rate may lie elsewhere now
+        self.averages.load_state(saved["averages"])
         if saved["losses"].shape != (self.phase.count,):  # which copy_ might repeat
             raise ValueError(f"losses has shape {tuple(saved['losses'].shape)}, expected {(self.phase.count,)}")
         self.losses.copy_(saved["losses"][self.phase.numbers])
@@ -93,6 +96,8 @@ class Run:
         own = self.settings.batches == "own"
         self.streams = [self.batches.of_copy(number) for number in phase.numbers] if own else [self.batches]
         self.losses = torch.zeros(len(phase.networks), dtype=torch.float64, device=self.settings.torch_device)
+        one = phase.networks[0] if isinstance(phase, Merged) else None
+        self.averages = Averages(self.settings, one, self.job.epochs)
         self.graphed: Graphed | None = None
         if self.settings.captures:
             self.graphed = Graphed(self.losses.device, lambda why: self.report(f"{self.job.name}: {why}"))
@@ -103,7 +108,8 @@ class Run:
         return min(self.batch * self.batches.batch_size, len(self.batches.images.train))
 
     def _lr_at(self, batch: int) -> float:
-        return self.settings.lr_at(self.epoch + batch / len(self.batches), self.job.epochs)
+        steps = len(self.batches)
+        return self.settings.lr_at(self.epoch + batch / steps, self.job.epochs, 1 / steps)
 
     # ------------------------------------------------------------------------------------------------------- steps
 
@@ -138,6 +144,7 @@ class Run:
             self.graphed(lambda: self.step(size))
         else:
             self.graphed.uncaptured(lambda: self.step(size))
+        self.averages.after_step()
         self.batch += 1
 
     def step(self, size: int) -> None:
@@ -161,7 +168,7 @@ class Run:
     def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         with self.settings.autocast():
-            return F.cross_entropy(net(images), labels)
+            return F.cross_entropy(net(images), labels, label_smoothing=self.settings.label_smoothing)
 
     # ---------------------------------------------------------------------------------------------------- an epoch's end
 
@@ -170,7 +177,8 @@ class Run:
 
         Returns:
             A row of metrics. Keys that end in a number are one network's; `test_loss` and `test_accuracy` are those of
-            the networks' mean, None in an epoch without a test; `train_loss` is the mean of theirs.
+            the networks' mean, None in an epoch without a test; `train_loss` is the mean of theirs; those that end in `_ema`
+            and `_swa` are the averages', where there is a test.
         """
         phase, settings, copies = self.phase, self.settings, self.phase.count
         tests = (self.epoch + 1) % settings.evaluate_every == 0 or self.epoch + 1 == self.job.epochs
@@ -196,6 +204,9 @@ class Run:
         }
         for number, of_copy in enumerate(measured):
             row[f"train_loss_{number}"], row[f"test_loss_{number}"], row[f"test_accuracy_{number}"] = of_copy
+        self.averages.end_epoch(self.epoch, self.batches, tests)
+        for name, net in self.averages.networks.items() if tests else ():
+            row[f"test_loss_{name}"], row[f"test_accuracy_{name}"] = evaluate(net, self.batches, settings)
         self.epoch, self.batch = self.epoch + 1, 0
         with settings.autocast():
             following = phase.following(self.epoch, (images for images, _ in self.batches.unaugmented("train")))
@@ -214,7 +225,7 @@ class Run:
 def network(settings: Settings) -> nn.Module:
     """A new network, where and in the memory format that the settings say."""
     model = VGG(settings.model, settings.batch_norm, settings.width, dropout=settings.dropout).to(settings.torch_device)
-    return model.to(memory_format=settings.memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
+    return model.to(memory_format=settings.torch_memory_format)  # type: ignore[call-overload]  # torch's stubs lack it
 
 
 def batches_of(images: Images, settings: Settings, seed: int) -> Batches:
@@ -222,18 +233,20 @@ def batches_of(images: Images, settings: Settings, seed: int) -> Batches:
     s = settings
     if s.train_images:
         images = images.drawn(s.train_images, seed, s.validate)
-    return Batches(images, s.batch_size, seed, s.torch_device, s.memory_format, s.compute_dtype)
+    return Batches(images, s.batch_size, seed, s.torch_device, s.torch_memory_format, s.compute_dtype, s.flip)
 
 
 @torch.no_grad()
 def evaluate(net: nn.Module, batches: Batches, settings: Settings) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (in %) of a network on the test set."""
+    """Mean cross-entropy and accuracy (in %) of a network on the test set, with `tta` of the mean logits of two views."""
     was_training = net.training
     net.eval()
     sums = []
     with settings.autocast():
         for images, labels in batches.unaugmented("test"):
             logits = net(images).float()
+            if settings.tta and batches.images.flip:
+                logits = (logits + net(images.flip(3)).float()) / 2
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums.append(torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()]))
     net.train(was_training)

@@ -52,6 +52,10 @@ class Settings:
     download: bool = flag(False, "data", "", "fetch CIFAR-10 if it is not there")
     train_images: int = flag(0, "data", "IMAGES", "drawn anew by each seed; 0: all")
     validate: bool = flag(False, "data", "", "test on training images left out")
+    flip: Literal["random", "alternating"] = flag(
+        "random", "data", "HOW", "images are mirrored: at random, or every other epoch"
+    )
+    tta: bool = flag(False, "data", "", "test by the mean logits of an image and its mirror image")
 
     copies: int = flag(2, "homotopy", "COPIES", "networks that HTA trains while L falls")
     batches: Literal["shared", "own"] = flag("shared", "homotopy", "WHOSE", "one for all copies or one each")
@@ -84,16 +88,26 @@ class Settings:
     lr_schedule: Literal["constant", "halve", "cosine", "one-cycle"] = flag(
         "cosine", "optimisation", "SCHEDULE", "LR falls"
     )
+    warmup: int = flag(0, "optimisation", "EPOCHS", "at the start, in which LR rises from 0 to its schedule")
     halve_every: int = flag(30, "optimisation", "EPOCHS", "between two halvings")
     momentum: float = flag(0.9, "optimisation", "MOMENTUM", "SGD's momentum")
     weight_decay: float = flag(5e-4, "optimisation", "DECAY", "SGD's weight decay")
+    ema: float = flag(
+        0.0, "optimisation", "DECAY", "of a moving average of the one network's weights, from the merge on; 0: none"
+    )
+    swa: float = flag(
+        0.0, "optimisation", "PART", "of the epochs, the last, whose weights are averaged, from the merge on; 0: none"
+    )
+    label_smoothing: float = flag(0.0, "optimisation", "PART", "of the training loss; the test loss is plain")
     batch_size: int = flag(64, "optimisation", "IMAGES", "in a batch, of every copy")
     evaluate_every: int = flag(1, "optimisation", "EPOCHS", "test at each EPOCHS-th, and the last")
     seed: int = flag(0, "optimisation", "SEED", "of weights, order, crops, dropout")
     seeds: int = flag(1, "optimisation", "SEEDS", "runs of everything, from --seed on")
 
     precision: Literal["fp32", "bf16", "fp16"] = flag("fp32", "machine", "DTYPE", "of autocast")
-    channels_last: bool = flag(False, "machine", "", "images and kernels in that order")
+    memory_format: Literal["auto", "channels_last", "contiguous"] = flag(
+        "auto", "machine", "FORMAT", "of images and kernels; auto: what is fastest"
+    )
     device: str = flag("auto", "machine", "DEVICE", "auto, cpu, cuda or cuda:N")
     graph: bool = flag(True, "machine", "", "capture a GPU's step in a CUDA graph")
     threads: int = flag(0, "machine", "THREADS", "on the CPU; 0: torch's choice")
@@ -108,17 +122,18 @@ class Settings:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in (
+        least_0 = (
             "decoupled",
+            "warmup",
             "threads",
             "train_images",
-            "dropout",
             "momentum",
             "weight_decay",
             "seed",
             "L_start",
             "L_stop",
-        ):
+        )
+        for name in least_0:
             if not 0 <= getattr(self, name) < math.inf:
                 wanted = "not be negative" if getattr(self, name) < 0 else "be finite"
                 raise ValueError(f"{name} must {wanted}, got {getattr(self, name)}")
@@ -129,13 +144,22 @@ class Settings:
         for name, most in ({name: MOST for name in (*counts, "decoupled")} | limits).items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
-        for name in ("momentum", "dropout"):
-            if not getattr(self, name) < 1:
-                raise ValueError(f"{name} must be under 1, got {getattr(self, name)}")
+        if not self.warmup < self.epochs:
+            raise ValueError(f"warmup must be under epochs, {self.epochs}, got {self.warmup}")
+        if not self.momentum < 1:
+            raise ValueError(f"momentum must be under 1, got {self.momentum}")
         if self.validate and not self.train_images:
             raise ValueError("validate must have images to test on: give train_images, fewer than there are")
+        if not 0 <= self.swa <= 1:
+            raise ValueError(f"swa must be from 0 to 1, got {self.swa}")
+        for name in ("dropout", "label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and under 1, got {getattr(self, name)}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if self.dataset == "digits" and (self.flip == "alternating" or self.tta):
+            setting = "tta must be False" if self.tta else "flip must be random"
+            raise ValueError(f"{setting} where the dataset is digits, which are never mirrored")
         self._check_schedule()
         self._check_numbers()
 
@@ -164,6 +188,9 @@ class Settings:
         if self.method != "sgd" and self.L_schedule.epochs > self.epochs:
             least = self.L_schedule.epochs
             raise ValueError(f"epochs must be at least {least}, which the schedule of L takes, got {self.epochs}")
+        for name in ("ema", "swa"):
+            if getattr(self, name) and self.method != "sgd" and self.L_schedule.epochs == self.epochs:
+                raise ValueError(f"{name} must be 0 where no epoch is left after the merge, got {getattr(self, name)}")
 
     def _check_numbers(self) -> None:
         """Refuses what the coupled step would refuse when it comes to it."""
@@ -205,8 +232,17 @@ class Settings:
             return Average(every=self.every)
         return (Explicit if self.mode == "explicit" else Homotopy)(L, every=self.every)
 
-    def lr_at(self, progress: float, total: int) -> float:
-        """The learning rate after `progress` of `total` epochs."""
+    def lr_at(self, progress: float, total: int, step: float = 0.0) -> float:
+        """The learning rate after `progress` of `total` epochs.
+
+        Args:
+            progress, total: in epochs.
+            step: the part of an epoch that the next step is. A warm-up of n steps begins with 1/n and ends with 1.
+        """
+        risen = min(1.0, (progress + step) / self.warmup) if self.warmup else 1.0
+        return risen * self._schedule_at(progress, total)
+
+    def _schedule_at(self, progress: float, total: int) -> float:
         if self.lr_schedule == "halve":
             return self.lr * 0.5 ** (int(progress) // self.halve_every)
         if self.lr_schedule == "cosine":
@@ -227,8 +263,16 @@ class Settings:
         return self.graph and self.torch_device.type == "cuda"
 
     @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+    def chosen_format(self) -> Literal["channels_last", "contiguous"]:
+        """The memory format; for "auto" the one that convolutions are fastest in on the device."""
+        if self.memory_format != "auto":
+            return self.memory_format
+        on_gpu = self.torch_device.type == "cuda"
+        return "contiguous" if on_gpu and self.precision == "fp32" else "channels_last"
+
+    @property
+    def torch_memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.chosen_format == "channels_last" else torch.contiguous_format
 
     @property
     def compute_dtype(self) -> torch.dtype:
