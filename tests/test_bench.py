@@ -83,6 +83,16 @@ def test_every_rival_does_what_ours_does(labels, anchor, dtype, copies, proposal
     measure.contenders(lambda: workloads.of_shapes("x", shapes, **options))
 
 
+@pytest.mark.parametrize("proposal", ["SGD", "AdamW"])
+def test_every_rival_keeps_low_copies_of_its_masters(proposal):
+    options = dict(copies=2, proposal=proposal, compute_dtype=torch.bfloat16)
+    load, steps, _ = measure.contenders(lambda: workloads.flat(3000, **options))
+    for name in (*rivals.COUPLED, *rivals.FLOORS):
+        load.problem.low[1][0].zero_()
+        steps[name]()
+        assert torch.equal(load.problem.low[1][0], load.problem.copies[1][0].bfloat16()), name
+
+
 @pytest.mark.parametrize(
     ("name", "tensors", "elements"),
     [("vgg16", 32, 15_245_130), ("resnet50", 161, 25_557_032), ("transformer-124m", 148, 124_439_808)],
@@ -96,6 +106,10 @@ def test_bytes_per_element_stay_within_the_budget():
     assert workloads.flat(1_000_000).bytes_per_element < 44.2
     assert workloads.flat(1_000_000, anchor=False).bytes_per_element < 40.2
     assert 45 < workloads.flat(1_000_000, labels="random").bytes_per_element < 45.2
+    low = workloads.flat(
+        1_000_000, compute_dtype=torch.bfloat16
+    )  # gradients half as large, and copies as large as they
+    assert low.bytes_per_element == pytest.approx(workloads.flat(1_000_000).bytes_per_element)
 
 
 def test_a_line_fits_a_line():
