@@ -167,7 +167,7 @@ def test_every_stage_runs_on_the_cpu(tmp_path, monkeypatch):
         "step": True,
     }
     assert found["check"]["verdict"] == "3 of 4 passed. left out: build (there is no card to build for)"
-    # SGD's memory is trained before the limit comes; it is cut within a run, and ends as if it had not been.
+    # Each call has time for a part of the training; the next goes on with it.
     folder = out / "table2" / "vgg11-seed0"
     rows = 0
     for _ in range(20):

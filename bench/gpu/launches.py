@@ -12,7 +12,7 @@ from torch import Tensor
 import hta_fused as hta
 from hta_fused import kernels, ops
 from hta_fused.couplings import Coupling
-from hta_fused.kernels.reference import PROPOSE, SHARE
+from hta_fused.kernels.reference import HASHED, PROPOSE, SHARE
 from hta_fused.train import data
 
 from .session import LEFT_OUT, default_device
@@ -28,11 +28,11 @@ def labels_of(kind: str, m: int) -> Tensor | hta.Partition:
     runs = (torch.arange(SIZE) // 2500 % (m + 1)).byte()  # tiles of one label, and mixed ones between
     if kind == "bytes":
         return runs
-    return hta.Partition(runs, blocks=m) if kind == "structural" else hta.Partition.hashed(module(), blocks=m)
-
-
-def module() -> torch.nn.Module:
-    return torch.nn.ParameterList([torch.zeros(1, SIZE)])
+    partition = hta.Partition(runs, blocks=m)
+    if kind == "hashed":  # every second tile, beside tiles of one label and tiles of bytes
+        partition.codes[::2, 1] = HASHED
+        partition.seed = torch.tensor([7])
+    return partition
 
 
 def steps(dtype: torch.dtype, low: torch.dtype | None) -> None:
