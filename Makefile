@@ -2,7 +2,8 @@
 # make test    set up, then run every test (ARGS= are pytest's)
 # make bench   set up, then measure every speed that the README states (RESULTS= is the folder)
 # make stress  set up, then kill, alter, fill up and mistype whatever can be, for some three minutes
-# make gpu     on a machine with an NVIDIA GPU: build, test, check and measure with the python3 and torch that are there
+# make gpu     on a machine with an NVIDIA GPU: check, measure and train, in four stages of nine minutes at most, with the
+#              python3 and torch that are there; called again, it goes on (ARGS="--only check", ARGS=--rehearse: on the CPU)
 # make clients set up one more environment, then train in Lightning, transformers and others (ARGS= are pytest's)
 # make lint    the linter, the formatter's check and the type checker
 

@@ -141,18 +141,21 @@ def memory_and_calls(step: Step) -> tuple[int, int]:
 
 
 TRIADS = ("triad, streaming stores", "triad, in place", "triad, in place, prefetched")
-COPY, MIX = "copy, device to device", "the step's streams, no arithmetic"
-ROOFS = (*TRIADS, COPY)  # the fastest of them is the roof
+COPY, ADD, MIX = "copy, device to device", "triad, torch.add(out=)", "the step's streams, no arithmetic"
+ROOFS = (*TRIADS, COPY, ADD)  # the fastest of them is the roof
 
 
 def roofs(load: Workload) -> dict[str, Callable[[], Any]]:
-    """What moves as many bytes as the workload's buffers hold as fast as the machine can: a copy on a GPU; on the CPU
-    triads, and the reads and writes of the step itself, over its own buffers."""
+    """What moves as many bytes as the workload's buffers hold as fast as the machine can: on a GPU a copy and a
+    triad; on the CPU triads, and the reads and writes of the step itself, over its own buffers, if all are of one dtype."""
     total = max(12, sum(t.nbytes for part in load.streams for t in part))
     if on_gpu():
         a, b = torch.randn(2, total // 8)
-        return {COPY: partial(b.copy_, a)}
+        x, y, z = torch.randn(3, total // 12)
+        return {COPY: partial(b.copy_, a), ADD: partial(torch.add, x, y, alpha=0.5, out=z)}
     library = plain_loops()
+    if load.problem.low is not None:
+        return triads(library, total // 12)
     written, read = ([row for t in part for row in (t if t.dim() > 1 else [t])] for part in load.streams)
     words = written[0].nbytes // 4
     pointers = [(ctypes.c_void_p * len(part))(*(row.data_ptr() for row in part)) for part in (written, read)]
@@ -236,7 +239,7 @@ def contenders(make: Callable[..., Workload], names: Iterable[str] | None = None
     before: dict[str, Callable[[], Any]] = {}
     if load.copies > 1:
         # The naive way is the explicit mode. It needs an L at which that does not diverge; its time does not depend on L.
-        steps |= checked(hta.Explicit(10.0), {rivals.NAIVE: rivals.autograd})
+        steps |= checked(hta.Explicit(10.0), {rivals.NAIVE: rivals.over_masters(rivals.autograd)})
         before[rivals.NAIVE] = partial(gradients.copy_, start[-1])  # backward() has added the penalty's to them
     floors = dict(rivals.FLOORS)
     if load.copies == 1:
@@ -279,18 +282,18 @@ def step(
 
     steps = {OURS: steps.pop(OURS), GUARDED: guarded, **steps}
     extra = {name: memory_and_calls(s) for name, s in steps.items()} if details else {}
-    size = load.problem.copies[0][0].element_size()
     n, tensors = load.elements, len(optimizer.replicas.layout.names)
     if roof:
         own = roofs(load)
         steps |= own
         before |= dict.fromkeys(own, rest)
     times = measure({**steps, **(more or {})}, rounds, before)
-    moved = size * (load.buffers + copies * len(load.streams[0]))  # each buffer read, and some written
-    as_plain = moved - size * (optimizer.replicas.anchor is not None)
-    triad = float(size * load.buffers)
-    per_element = {OURS: load.bytes_per_element, GUARDED: load.bytes_per_element + copies * size, MIX: float(moved)}
-    per_element |= {**dict.fromkeys(rivals.FLOORS, float(as_plain)), **dict.fromkeys(ROOFS, triad)}
+    anchor, grads, ours = optimizer.replicas.anchor, optimizer.replicas.grads, load.bytes_per_element
+    guard = copies * grads.element_size()  # each gradient is read once more
+    per_element = {OURS: ours, GUARDED: ours + guard, MIX: load.moved, **dict.fromkeys(ROOFS, load.held)}
+    if load.problem.low is None:
+        as_plain = load.moved - (0 if anchor is None else anchor.element_size())
+        per_element |= dict.fromkeys(rivals.FLOORS, as_plain)
     per_element = {name: b for name, b in per_element.items() if name in times}
     title = f"{load.name}: {_elements(n)} in {tensors} tensor{'s' * (tensors != 1)}"
     result: dict[str, Any] = {
@@ -474,7 +477,7 @@ def against_copies(counts: list[int], proposal: str, elements: int, rounds: int)
     steps: dict[str, Callable[[], Any]] = {}
     for m in counts:
         load = workloads.flat(elements, copies=m, proposal=proposal)
-        steps |= {f"{OURS} {m}": load.optimizer.step, f"{rivals.FLOOR} {m}": rivals.plain_optimizers(load.problem)}
+        steps |= {f"{OURS} {m}": load.optimizer.step, f"{rivals.FLOOR} {m}": rivals.FLOORS[rivals.FLOOR](load.problem)}
     times = measure(steps, rounds)
     series = {name: [times[f"{name} {m}"][0] / m for m in counts] for name in (OURS, rivals.FLOOR)}
     result = {"title": f"Time per copy, {_elements(elements)}, {proposal}", "copies": counts, **series}

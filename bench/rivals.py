@@ -6,7 +6,7 @@ this file.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -41,6 +41,7 @@ class Problem:
     anchor: list[Tensor] | None
     labels: list[int | Tensor]
     whole: "Problem | None" = None  # the same memory with no tensor split, as a model has it
+    low: list[list[Tensor]] | None = None  # where gradients are in low precision: the copies in it, to be written
 
     def anchors(self) -> list[Tensor | None]:
         return [None] * len(self.labels) if self.anchor is None else list(self.anchor)
@@ -197,6 +198,7 @@ def compiled(p: Problem) -> Step:
     ratio = float(p.table()[0, 0, 1] / p.table()[0, 0, 0].clamp(min=1e-30))  # of a homotopy's keep to its read
 
     def proposed(x: Tensor, g: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        g = g.to(x.dtype)
         if isinstance(proposal, hta.SGD):
             v = proposal.momentum * states[0] + g + proposal.weight_decay * x
             return x - proposal.lr * v, [v]
@@ -205,7 +207,7 @@ def compiled(p: Problem) -> Step:
         square = beta_square * states[1] + fresh_square * g * g
         return decay * x - lr * mean / (root * square.sqrt() + eps), [mean, square]
 
-    def update(x, grads, states, anchors, mixed) -> None:
+    def update(x, low, grads, states, anchors, mixed) -> None:
         for i, anchor in enumerate(anchors):
             rules = mixed[i] if i in mixed else by_label[labels[i]]
             both = [proposed(x[j][i], grads[j][i], [rows[j][i] for rows in states]) for j in copies]
@@ -220,6 +222,8 @@ def compiled(p: Problem) -> Step:
                 for rows, state in zip(states, new, strict=True):
                     rows[j][i].copy_(state)
                 x[j][i].copy_(value)
+                if low is not None:
+                    low[j][i].copy_(value)
 
     torch._dynamo.reset()
     fast = torch.compile(update, fullgraph=True, dynamic=False)
@@ -227,7 +231,7 @@ def compiled(p: Problem) -> Step:
 
     @torch.no_grad()
     def step() -> None:
-        fast(p.copies, p.grads, states, anchors, mixed)
+        fast(p.copies, p.low, p.grads, states, anchors, mixed)
 
     return step
 
@@ -261,7 +265,7 @@ def autograd(p: Problem) -> Step:
 
 def plain_optimizers(p: Problem) -> Step:
     """No homotopy at all: a torch.optim step (fused=True) for each copy. The floor that a user thinks of."""
-    optimizers = (p.whole or p).optimizers()
+    optimizers = p.optimizers()
 
     def step() -> None:
         for optimizer in optimizers:
@@ -272,18 +276,54 @@ def plain_optimizers(p: Problem) -> Step:
 
 def one_plain_optimizer(p: Problem) -> Step:
     """The same as one optimizer over all copies' tensors: the least overhead that torch.optim has to offer."""
-    optimizers = (p.whole or p).optimizers()
+    optimizers = p.optimizers()
     one = plain(p.proposal, [q for optimizer in optimizers for q in optimizer.param_groups[0]["params"]])
     for optimizer in optimizers:
         one.state.update(optimizer.state)
     return one.step
 
 
-COUPLED: dict[str, Callable[[Problem], Step]] = {
-    "eager, in place": eager,
-    "torch._foreach_*": foreach,
+# ------------------------------------------------------------------------------------------------------- low precision
+
+Rival = Callable[[Problem], Step]
+
+
+def over_masters(rival: Rival, whole: bool = False) -> Rival:
+    """The rival as it is; where gradients are in low precision, between the casts that it does not do itself.
+
+    whole: it takes the tensors unsplit.
+    """
+
+    def made(p: Problem) -> Step:
+        p = (p.whole or p) if whole else p
+        if p.low is None:
+            return rival(p)
+        grads = [[torch.empty_like(x) for x in row] for row in p.copies]
+        step = rival(replace(p, grads=grads, low=None))
+        casts = [[t for row in rows for t in row] for rows in (grads, p.grads, p.low, p.copies)]
+
+        @torch.no_grad()
+        def cast(to: list[Tensor], of: list[Tensor]) -> None:
+            torch._foreach_copy_(to, of)
+
+        def run() -> None:
+            cast(*casts[:2])
+            step()
+            cast(*casts[2:])
+
+        return run
+
+    return made
+
+
+COUPLED: dict[str, Rival] = {
+    "eager, in place": over_masters(eager),
+    "torch._foreach_*": over_masters(foreach),
     "torch.compile": compiled,
 }
 NAIVE = "autograd on (3)"
 FLOOR, FLOOR_IN_ONE = "plain torch.optim(fused=True), one a copy", "plain torch.optim(fused=True), one for all"
-FLOORS: dict[str, Callable[[Problem], Step]] = {FLOOR: plain_optimizers, FLOOR_IN_ONE: one_plain_optimizer}
+FLOORS: dict[str, Rival] = {
+    FLOOR: over_masters(plain_optimizers, whole=True),
+    FLOOR_IN_ONE: over_masters(one_plain_optimizer, whole=True),
+}

@@ -78,19 +78,28 @@ class Workload:
         return [replicas.params, *self.optimizer._buffers.values()], read
 
     @property
-    def buffers(self) -> int:
-        """How many of N elements there are."""
-        return sum(t.numel() for part in self.streams for t in part) // self.optimizer.replicas.layout.numel
+    def held(self) -> float:
+        """Bytes of all streams for each element of a copy; those in low precision, written only, too."""
+        changed, read = self.streams
+        low = self.optimizer.replicas.low
+        return sum(t.nbytes for t in [*changed, *read, *([] if low is None else [low])]) / self._padded
+
+    @property
+    def moved(self) -> float:
+        """Bytes for each element of a copy that pass where every stream is read or written, and those that change both."""
+        return self.held + sum(t.nbytes for t in self.streams[0]) / self._padded
+
+    @property
+    def _padded(self) -> int:
+        return self.optimizer.replicas.layout.numel
 
     @property
     def bytes_per_element(self) -> float:
         """What our step has to move for each element of all copies, guard left out: see csrc/args.h."""
-        size = self.problem.copies[0][0].element_size()
         labels = self.optimizer.replicas.partition.labels
         mixed = 0.0 if labels is None else labels.numel() / self.elements
         per_tile = 8 / 1024 + 24 / (16 * 1024)  # a code read for each tile, three sums written for each chunk
-        written = self.copies * len(self.streams[0])
-        return (written + self.buffers) * size + mixed + per_tile
+        return self.moved + mixed + per_tile
 
     def rewind(self) -> None:
         """The next step is rivals.STEP again."""
@@ -106,9 +115,11 @@ def of_shapes(
     anchor: bool = True,
     labels: str = "structural",
     dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
 ) -> Workload:
     """Tensors of the given shapes in m coupled copies; those of two or more dimensions are cut into m blocks
-    ("structural"), or their elements have labels of their own ("random" bytes, or "hashed").
+    ("structural"), or their elements have labels of their own ("random" bytes, or "hashed"). With a `compute_dtype` the
+    gradients are in it, and the step writes copies in it too.
 
     Rivals get views of the same buffers, a tensor of m blocks as m: no rival has to look structural labels up. One copy
     has nothing to be coupled to, and is pulled to the anchor.
@@ -128,7 +139,7 @@ def of_shapes(
     else:
         blocks = {name: torch.arange(len(p)) * copies // max(1, len(p)) + 1 for name, p in large.items()}
         partition = {name: b.byte().view(-1, *[1] * (large[name].dim() - 1)) for name, b in blocks.items()}
-    replicas = hta.Replicas(model, copies, partition, "init" if anchor else "zero")
+    replicas = hta.Replicas(model, copies, partition, "init" if anchor else "zero", compute_dtype=compute_dtype)
     coupling = hta.Homotopy(0.01) if copies > 1 else hta.Toward(0.01)
     optimizer = hta.CoupledOptimizer(replicas, PROPOSALS[proposal], coupling, skip_nonfinite=False)
     states = [row for name, buffer in optimizer._buffers.items() if name != "exp_avg_sq" for row in buffer]
@@ -139,6 +150,10 @@ def of_shapes(
     for flat in optimizer._buffers.get("exp_avg_sq", ()):
         for view in replicas.layout.views(flat):
             view.fill_(1e-6)
+
+    # The rivals' own: what is written to ours by others counts as a change of the parameters.
+    low = None if replicas.low is None else torch.empty_like(replicas.low)
+    replicas.written()
 
     def wholes(flat: Tensor) -> list[Tensor]:
         return replicas.layout.views(flat)
@@ -163,7 +178,8 @@ def of_shapes(
         rows = [[cut(row) for row in buffer] for buffer in (replicas.params, replicas.grads)]
         states = {name: [cut(row) for row in buffer] for name, buffer in optimizer._buffers.items()}
         anchors = None if replicas.anchor is None else cut(replicas.anchor)
-        return Problem(PROPOSALS[proposal], coupling, rows[0], rows[1], states, anchors, kinds, whole)
+        cut_low = None if low is None else [cut(row) for row in low]
+        return Problem(PROPOSALS[proposal], coupling, rows[0], rows[1], states, anchors, kinds, whole, cut_low)
 
     load = Workload(name, optimizer, lists(pieces, kinds, lists(wholes, [0] * len(shapes))))
     load.rewind()

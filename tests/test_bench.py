@@ -11,9 +11,9 @@ from processes import run
 import hta_fused as hta
 
 try:
-    from hta_fused_bench import cli, distributed, gpu, measure, rivals, workloads
+    from hta_fused_bench import cli, distributed, measure, rivals, workloads
 except ImportError:  # a checkout that was not installed, as `make gpu` has it
-    from bench import cli, distributed, gpu, measure, rivals, workloads
+    from bench import cli, distributed, measure, rivals, workloads
 
 
 @pytest.mark.parametrize("what", ["ops", "step", "scaling", "train", "copies", "distributed"])
@@ -83,6 +83,16 @@ def test_every_rival_does_what_ours_does(labels, anchor, dtype, copies, proposal
     measure.contenders(lambda: workloads.of_shapes("x", shapes, **options))
 
 
+@pytest.mark.parametrize("proposal", ["SGD", "AdamW"])
+def test_every_rival_keeps_low_copies_of_its_masters(proposal):
+    options = dict(copies=2, proposal=proposal, compute_dtype=torch.bfloat16)
+    load, steps, _ = measure.contenders(lambda: workloads.flat(3000, **options))
+    for name in (*rivals.COUPLED, *rivals.FLOORS):
+        load.problem.low[1][0].zero_()
+        steps[name]()
+        assert torch.equal(load.problem.low[1][0], load.problem.copies[1][0].bfloat16()), name
+
+
 @pytest.mark.parametrize(
     ("name", "tensors", "elements"),
     [("vgg16", 32, 15_245_130), ("resnet50", 161, 25_557_032), ("transformer-124m", 148, 124_439_808)],
@@ -96,6 +106,10 @@ def test_bytes_per_element_stay_within_the_budget():
     assert workloads.flat(1_000_000).bytes_per_element < 44.2
     assert workloads.flat(1_000_000, anchor=False).bytes_per_element < 40.2
     assert 45 < workloads.flat(1_000_000, labels="random").bytes_per_element < 45.2
+    low = workloads.flat(
+        1_000_000, compute_dtype=torch.bfloat16
+    )  # gradients half as large, and copies as large as they
+    assert low.bytes_per_element == pytest.approx(workloads.flat(1_000_000).bytes_per_element)
 
 
 def test_a_line_fits_a_line():
@@ -138,51 +152,3 @@ def test_another_checkouts_step_is_timed_in_the_same_rounds(tmp_path):
     assert result["claims"][-1]["what"] == f"ours over {other.name}"
     with pytest.raises(ValueError, match="stopped with status 1"):
         measure.Elsewhere(tmp_path / "..", 5000).__enter__()
-
-
-def test_the_gpu_command_says_so_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="sees no CUDA device"):
-        gpu.main([])
-
-
-def test_dram_bytes_are_read_from_nsight_computes_table():
-    header = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
-    rows = '"0","7","step_kernel","dram__bytes_read.sum","Gbyte","4.2"\n"0","7","step_kernel","dram__bytes_write.sum","Mbyte","2,400.5"\n'
-    assert gpu.dram_bytes("==PROF== Connected\n" + header + rows) == pytest.approx(6.6005e9)
-    assert gpu.dram_bytes("==ERROR== no counters") != gpu.dram_bytes("")  # NaN both
-
-
-def test_the_usual_scripts_images_are_those_of_ours_but_for_their_luck():
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
-    image, label = gpu.UsualDataset(images, torch.arange(4), mean, std)[2]
-    assert image.shape == (3, 32, 32)
-    assert label == 2
-    assert image.min() >= ((0 - mean) / std).min()
-
-
-def test_the_gpus_training_benchmark_runs():
-    """On the CPU, tiny and uncaptured: that its pieces fit together."""
-    result = gpu.training("vgg11", "bf16", 16, 1.6, 2, device="cpu", width=0.0625)
-    assert set(result["images_per_second"]) == set(result["times"])
-    assert len(result["times"]) == 3
-    assert "HTA, both copies" in measure.show(result)
-    assert not any(result["captured"].values())
-
-
-def test_the_gpus_summary_is_kept_stage_by_stage(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Test 1")
-    monkeypatch.setattr(measure, "machine", dict)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-
-    def fails():
-        raise RuntimeError("planted")
-
-    monkeypatch.setattr(gpu, "tests", fails)
-    gpu.main(["--out", str(tmp_path), "--only", "tests", "sanitizer", "counters"])
-    stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
-    assert stages["tests"]["error"] == "RuntimeError: planted"
-    assert "not on the PATH" in stages["sanitizer"]["skipped"]
-    assert set(stages) == {"tests", "sanitizer", "counters"}
