@@ -181,7 +181,8 @@ def test_other_settings_and_a_nan_on_one_rank(tmp_path):
 
 
 def test_four_processes_come_close_to_one_with_four_copies(tmp_path):
-    settings = replace(TINY, copies=4, epochs=2, width=0.06)
+    # Four terms summed in another order: how far that grows in two epochs depends on the memory format.
+    settings = replace(TINY, copies=4, epochs=2, width=0.06, memory_format="contiguous")
     assert Trainer(replace(settings, out=tmp_path / "alone"), report=stress.silent).train()
     ended(torchrun(tmp_path / "four", processes=4, settings=settings))
     first, second = (torch.load(tmp_path / of / "hta-seed0.pt") for of in ("alone", "four"))
