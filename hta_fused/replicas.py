@@ -1,9 +1,11 @@
 """The coupled copies of a model, with their anchor and their partition; itself a module.
 
-Owns the copies and nothing else: no optimizer, no schedule, no data. Imports flat.py, partition.py and starts.py.
+Owns the copies and nothing else: no optimizer, no schedule, no data. Imports flat.py, partition.py, side_by_side.py and
+starts.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from .flat import FlatCopies, check_model
 from .kernels.reference import MAX_COPIES
 from .layout import Layout
 from .partition import Partition
+from .side_by_side import side_by_side
 from .starts import anchor_of, copied, others, reinitialised
 
 
@@ -221,11 +224,26 @@ class Replicas(FlatCopies):
             fn, batches: as in `loss`.
             scale: applied to each loss before its backward(), such as a GradScaler's `scale`.
             concurrent: on a GPU, run each copy's pass on a stream of its own: one copy's kernels fill what another's
-                leave idle, and all graphs are in memory at once.
+                leave idle, and all graphs are in memory at once. On the CPU, run as many passes at once as torch has threads,
+                with a thread each (fewer copies share all threads evenly): the same bits as in turn with as many threads for
+                each copy. fn and the hooks are called from several threads, in no order; what draws from torch's own
+                generator there, as nn.Dropout does, gets other numbers each time.
 
         Returns:
             f(x_j) of each copy, detached and not scaled.
+
+        Raises:
+            What fn raises, from several threads once all have ended.
         """
+
+        def one(net: nn.Module, args: tuple[Any, ...]) -> Tensor:
+            value = _one(fn(net, *args))
+            scale(value).backward()
+            return value.detach()
+
+        passes = zip(self.copies, self._arguments(batches), strict=True)
+        if concurrent and self.params.device.type == "cpu":
+            return tuple(side_by_side([partial(one, *of_copy) for of_copy in passes]))
         losses = []
         streams: list[Any] = [None] * len(self)
         main = None
@@ -236,11 +254,9 @@ class Replicas(FlatCopies):
             streams[1:] = self._streams
             for stream in self._streams:
                 stream.wait_stream(main)  # before copy 0's work is queued: the others need not wait for it
-        for net, args, stream in zip(self.copies, self._arguments(batches), streams, strict=True):
+        for of_copy, stream in zip(passes, streams, strict=True):
             with torch.cuda.stream(stream):  # None changes nothing
-                value = _one(fn(net, *args))
-                scale(value).backward()
-                losses.append(value.detach())
+                losses.append(one(*of_copy))
         if main is not None:
             for stream in self._streams:
                 main.wait_stream(stream)

@@ -350,6 +350,28 @@ def test_tta_takes_the_mean_logits_of_both_views():
     assert evaluate(net, run.batches, run.settings) == plain
 
 
+def test_side_by_side_leaves_what_a_thread_for_each_copy_leaves():
+    """Dropout's draws too, which are torch's own from the same seed."""
+    images, before, found = data.synthetic(), torch.get_num_threads(), []
+    try:
+        for threads, concurrent in ((2, True), (2, True), (1, True), (1, False)):
+            torch.set_num_threads(threads)
+            settings = replace(TINY, batches="own", concurrent=concurrent)
+            run = Run(settings, Job("HTA", "hta", 3, 0), batches_of(images, settings, 0))
+            run.start_epoch()
+            for _ in range(3):
+                run.advance()
+            found.append((run.phase.replicas.params.clone(), run.losses))
+    finally:
+        torch.set_num_threads(before)
+    assert all(all(map(torch.equal, found[0], other)) for other in found[1:])
+    net, images = VGG(width=0.125), torch.randn(8, 3, 32, 32)
+    torch.manual_seed(3)
+    expected = net(images)
+    net.seed(3)
+    assert torch.equal(net(images), expected)
+
+
 def test_json_has_a_name_for_every_number():
     text = as_json({"a": [math.nan, 1.0], "b": (math.inf, {"c": -math.inf})})
     assert json.loads(text) == {"a": ["nan", 1.0], "b": ["inf", {"c": "-inf"}]}

@@ -78,7 +78,9 @@ class Coupled:
 
     def backward(self, loss: Callable[[nn.Module, Any], Tensor], batches: list[Any], scale: Scale) -> list[Tensor]:
         """Fills every network's gradients, from one batch or one each; the losses, detached and not scaled."""
-        return list(self.replicas.backward(loss, *batches, scale=scale, concurrent=self.settings.captures))
+        s = self.settings
+        concurrent = s.concurrent and (s.captures or s.torch_device.type == "cpu")
+        return list(self.replicas.backward(loss, *batches, scale=scale, concurrent=concurrent))
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
         if self.team.group is not None and (scaler.is_enabled() or math.isinf(self.L)):

@@ -150,13 +150,15 @@ class Run:
     def step(self, size: int) -> None:
         """One batch: forward and backward of every network, and the update. Waits for nothing, so that it can be captured."""
         batches = [stream.next(size) for stream in self.streams]
-        numbers = iter(self.phase.numbers)
+        numbers = dict(zip(map(id, self.phase.networks), self.phase.numbers, strict=True))
 
         def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-            number = next(numbers)
-            if not (self.settings.captures and self.losses.is_cuda):
-                # Dropout's: the same, whichever process has the copy. A graph's generator goes on by itself.
-                torch.manual_seed(mixed(self.job.seed, self.epoch, number, self.batch))
+            # Dropout's: the same, whichever process or thread has the copy. A graph's generator goes on by itself.
+            seed = mixed(self.job.seed, self.epoch, numbers[id(net)], self.batch)
+            if not self.losses.is_cuda:
+                net.seed(seed)  # type: ignore[operator]  # a VGG
+            elif not self.settings.captures:
+                torch.manual_seed(seed)
             return self.loss(net, batch)
 
         self.phase.optimizer.zero_grad()

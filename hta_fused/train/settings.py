@@ -110,6 +110,7 @@ class Settings:
     )
     device: str = flag("auto", "machine", "DEVICE", "auto, cpu, cuda or cuda:N")
     graph: bool = flag(True, "machine", "", "capture a GPU's step in a CUDA graph")
+    concurrent: bool = flag(True, "machine", "", "copies' passes side by side")
     threads: int = flag(0, "machine", "THREADS", "on the CPU; 0: torch's choice")
     timeout: float = flag(600.0, "machine", "SECONDS", "under torchrun, how long to wait for others")
 

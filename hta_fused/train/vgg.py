@@ -11,6 +11,18 @@ CONFIGURATIONS: dict[str, tuple[int | str, ...]] = {
 }
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout, that draws from a generator of its own where it has one: copies side by side would race for torch's."""
+
+    generator: torch.Generator | None = None  # on the CPU
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.generator is None or not self.training or self.p in (0, 1):
+            return super().forward(input)
+        noise = torch.empty_like(input).bernoulli_(1 - self.p, generator=self.generator)
+        return input * noise.div_(1 - self.p)  # as torch's does on the CPU, to the bit
+
+
 class VGG(nn.Module):
     """Convolutions, then Dropout–Linear–ReLU twice, then Linear (chengyangfu/pytorch-vgg-cifar10's classifier).
 
@@ -45,10 +57,10 @@ class VGG(nn.Module):
             channels = out
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(channels, channels),
             nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(channels, channels),
             nn.ReLU(inplace=True),
             nn.Linear(channels, classes),
@@ -64,6 +76,13 @@ class VGG(nn.Module):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
             elif isinstance(module, nn.BatchNorm2d | nn.Linear):
                 module.reset_parameters()
+
+    def seed(self, seed: int) -> None:
+        """Makes dropout on the CPU draw from this seed on, whatever else draws."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.generator = generator
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.features(images).flatten(1))
