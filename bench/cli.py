@@ -20,7 +20,7 @@ from hta_fused.kernels.reference import MAX_COPIES
 from hta_fused.terminal import Parser, threads, whole_number
 
 from . import distributed as processes
-from . import measure, plots, rivals, workloads
+from . import measure, plots, rivals, training, workloads
 
 Result = dict[str, Any]
 
@@ -84,11 +84,18 @@ def copies(options: argparse.Namespace) -> Iterator[Result]:
 
 def train(options: argparse.Namespace) -> Iterator[Result]:
     if options.quick:
-        yield measure.training("vgg11", "fp32", options.rounds, batch=8, width=0.0625)
+        yield training.training("vgg11", "fp32", options.rounds, batch=8, width=0.0625)
         return
     for name in ("vgg11", "vgg16"):
         for precision in ("fp32", "bf16"):
-            yield measure.training(name, precision, options.rounds)
+            yield training.training(name, precision, options.rounds)
+
+
+def concurrent(options: argparse.Namespace) -> Iterator[Result]:
+    small: Result = dict(batch=8, width=0.0625) if options.quick else {}
+    for precision in ("fp32",) if options.quick else ("fp32", "bf16"):
+        yield training.side_by_side(precision, options.rounds, **small)
+    yield training.batched(2 if options.quick else 8, options.rounds, **small)
 
 
 def distributed(options: argparse.Namespace) -> Iterator[Result]:
@@ -140,6 +147,7 @@ WHAT: dict[str, tuple[Callable[[argparse.Namespace], Iterator[Result]], str]] = 
     "ops": (ops, "one flat buffer: the roofline, anchors, sizes, the penalty"),
     "scaling": (scaling, "time against size, number of tensors, threads"),
     "train": (train, "a training step of HTA, of SGD, and of the usual script"),
+    "concurrent": (concurrent, "a step's copies in turn, side by side, as one network"),
     "distributed": (distributed, "one copy for each process, beside DDP, local SGD and DiLoCo"),
 }
 DESCRIPTION = """\

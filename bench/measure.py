@@ -19,18 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader, TensorDataset
 
 import hta_fused as hta
 from hta_fused.couplings import Coupling
 from hta_fused.train.report import processor
-from hta_fused.train.vgg import VGG
 
 from . import rivals, workloads
-from .rivals import MOMENTUM, WEIGHT_DECAY, Step
+from .rivals import Step
 from .workloads import Workload
 
 OURS, GUARDED = "CoupledOptimizer.step", "CoupledOptimizer.step, skipping non-finite steps"
@@ -503,76 +500,6 @@ def label_kinds(proposal: str, elements: int, rounds: int) -> dict[str, Any]:
         "bandwidth": {name: b * elements / times[name][0] for name, b in bytes_.items()},
         "claims": [
             claim(f"{name} over structural", times[name][0] / base, 1.15, "at most") for name in list(kinds)[1:]
-        ],
-    }
-
-
-# -------------------------------------------------------------------------------------------------------------- training
-
-
-def training(
-    name: str, precision: str, rounds: int, batch: int = 128, width: float = 1.0, usual: bool = True
-) -> dict[str, Any]:
-    """A training step of HTA (both copies) beside plain SGD's and the usual script's, and the update's share in it."""
-    torch.manual_seed(0)
-    bf16 = precision == "bf16"
-    layout = torch.channels_last if bf16 else torch.contiguous_format
-    images = torch.randn(batch, 3, 32, 32).to(memory_format=layout)
-    classes = torch.randint(10, (batch,))
-
-    def loss(net: torch.nn.Module) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return F.cross_entropy(net(images), classes)
-
-    def network() -> VGG:
-        return VGG(name, width=width).to(memory_format=layout)  # type: ignore[call-overload]  # torch's stubs lack it
-
-    plain = network()
-    sgd = torch.optim.SGD(plain.parameters(), 1e-3, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
-    replicas = hta.Replicas(network())
-    homotopy = hta.HomotopySGD(replicas, 1e-3, MOMENTUM, WEIGHT_DECAY, L=0.01)
-
-    def sgd_step() -> None:
-        sgd.zero_grad()
-        loss(plain).backward()
-        sgd.step()
-
-    def hta_step() -> None:
-        homotopy.zero_grad()
-        replicas.backward(loss)
-        homotopy.step()
-
-    script = VGG(name, width=width)
-    script_sgd = torch.optim.SGD(script.parameters(), 1e-3, MOMENTUM, weight_decay=WEIGHT_DECAY)
-    dataset = TensorDataset(torch.randn(4 * batch, 3, 32, 32), torch.randint(10, (4 * batch,)))
-    loader = DataLoader(dataset, batch, shuffle=True)
-    stream = iter(loader)
-
-    def usual_step() -> None:
-        nonlocal stream
-        try:
-            x, y = next(stream)
-        except StopIteration:
-            stream = iter(loader)
-            x, y = next(stream)
-        script_sgd.zero_grad()
-        F.cross_entropy(script(x), y).backward()
-        script_sgd.step()
-
-    both, one, usual_name = "HTA, both copies", "SGD(fused=True)", "the usual script (DataLoader, float32)"
-    steps = {both: hta_step, one: sgd_step, **({usual_name: usual_step} if usual else {})}
-    times = measure({**steps, "the update alone": homotopy.step}, rounds)
-    ratio = times[both][0] / times[one][0]
-    return {
-        "title": f"Training {name.upper()}{f' at width {width:g}' if width != 1 else ''}, batch {batch}, "
-        + ("bf16, channels-last" if bf16 else "float32"),
-        "base": both,
-        "times": times,
-        "images_per_second": {n: (2 if n == both else 1) * batch / times[n][0] for n in steps},
-        "update_share": times["the update alone"][0] / times[both][0],
-        "claims": [
-            claim("HTA's step over SGD's", ratio, 2.02, "at most"),
-            claim("images/s per copy over SGD's", 2 / ratio, 0.95, "at least"),
         ],
     }
 

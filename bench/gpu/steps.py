@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hta_fused.train import Job, Run, Settings, data
-from hta_fused.train.run import batches_of
+from hta_fused.train import Settings, data
 from hta_fused.train.vgg import VGG
 
 from .. import measure
+from ..training import of_trainer
 from .session import Part, Result, Session
 
 STEP_OVER_SGD = {128: 1.6, 1024: 2.0}  # HTA's captured step over SGD's, by batch
@@ -59,12 +59,13 @@ def training(session: Session, batch: int, precision: str) -> Result:
     for graph in (True, False):
         for method, whose in (("sgd", "shared"), ("hta", "shared"), ("hta", "own")):
             name = f"{SGD if method == 'sgd' else OWN if whose == 'own' else HTA}, {GRAPH if graph else EAGER}"
-            run = of_trainer(Settings(**{**vars(settings), "graph": graph, "batches": whose}), method, images)
-            steps[name] = partial(advance, run)
+            step = of_trainer(Settings(**{**vars(settings), "graph": graph, "batches": whose}), method, images)
+            steps[name] = step
             for _ in range(6):  # warmed up, captured
                 steps[name]()
             if graph:
-                captured[name] = run.graphed is not None and run.graphed.graph is not None
+                graphed = step.run.graphed  # type: ignore[attr-defined]
+                captured[name] = graphed is not None and graphed.graph is not None
     steps[SCRIPT] = usual_script(images, settings)
     times = measure.measure(steps, rounds, gpu=device == "cuda")
     copies = {name: settings.copies if name.startswith(HTA) else 1 for name in steps}
@@ -80,21 +81,6 @@ def training(session: Session, batch: int, precision: str) -> Result:
     rows = {name: {"ms": f"{1e3 * times[name][0]:.3g}", "over SGD's": f"{times[name][0] / times[one][0]:.2f}",
                    "images/s, all copies": f"{speed[name]:.0f}"} for name in steps}  # fmt: skip
     return {"rows": rows, "times": times, "images_per_second": speed, "captured": captured, **session.judged(claims)}
-
-
-def of_trainer(settings: Settings, method: str, images: data.Images) -> Run:
-    """A run in its first epoch."""
-    job = Job(method, method, settings.epochs, 0)
-    run = Run(settings, job, batches_of(images, settings, job.seed))
-    run.start_epoch()
-    return run
-
-
-def advance(run: Run) -> None:
-    if run.batch == len(run.batches) - 1:  # the last may be smaller
-        run.batch = 0
-        run.start_epoch()
-    run.advance()
 
 
 def usual_script(images: data.Images, settings: Settings) -> Callable[[], None]:
