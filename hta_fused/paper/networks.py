@@ -171,32 +171,41 @@ def epochs(curves: Mapping[tuple[str, str], Curve]) -> list[Row]:
 
 
 def figure(curves: Mapping[tuple[str, str], Curve]) -> Any:
-    """Test error over the epochs, a panel for each network: the mean of the seeds, and their range."""
+    """Test error over the epochs, a panel for each network: the mean of the seeds and their range, named at its end."""
+    from matplotlib.ticker import MaxNLocator
+
     models = list(dict.fromkeys(model for model, _ in curves))
-    figure, axes = pyplot().subplots(
-        1, len(models), figsize=(4.2 * len(models), 3.8), layout="constrained", squeeze=False
-    )
+    size = 5.2 * len(models), 3.8
+    figure, axes = pyplot().subplots(1, len(models), figsize=size, layout="constrained", squeeze=False)
     for panel, model in zip(axes[0], models, strict=True):
-        finals = []
-        for number, ((of, method), curve) in enumerate(curves.items()):
-            if of != model:
-                continue
+        mine = {method: curve for (of, method), curve in curves.items() if of == model}
+        ends: list[tuple[float, float, str, str]] = []
+        for number, (method, curve) in enumerate(mine.items()):
             color = COLORS.get(method, f"C{number % 10}")
             errors = [[100 - row["test_accuracy"] for row in at] for at in zip(*curve.seeds, strict=True)]
-            where = range(1, len(errors) + 1)
+            means, where = list(map(statistics.fmean, errors)), range(1, len(errors) + 1)
             panel.fill_between(
                 where, list(map(min, errors)), list(map(max, errors)), color=color, alpha=0.2, linewidth=0
             )
-            panel.plot(where, list(map(statistics.fmean, errors)), color=color, label=method)
-            finals.append((len(errors), statistics.fmean(errors[-1]), method, color))
+            panel.plot(where, means, color=color)
+            ends.append((means[-1], len(errors), f"{method}: {means[-1]:.1f} %", color))
             apart = [row["epoch"] for row in curve.seeds[0] if row["copies"] > 1]
             if apart:
-                panel.axvline(apart[-1] + 0.5, color=color, linewidth=0.8, linestyle=":")
+                panel.axvline(apart[-1] + 0.5, color="0.5", linewidth=0.8, linestyle=":")
+        later = [100 - row["test_accuracy"] for curve in mine.values() for rows in curve.seeds for row in rows[1:]]
+        low, high = min(later), max(later)
+        panel.set_ylim(low - 0.08 * (high - low) - 1, high + 1)
+        _name_at_ends(panel, ends, (high - low + 2) / 16)
         panel.set(title=model.upper(), xlabel="epoch (dotted: the copies merge)", ylabel="test error, %")
-        top = max(
-            100 - row["test_accuracy"] for (of, _), c in curves.items() if of == model for s in c.seeds for row in s[1:]
-        )
-        panel.set_ylim(0, top)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
-    axes[0][0].legend()
     return figure
+
+
+def _name_at_ends(panel: Any, ends: list[tuple[float, float, str, str]], apart: float) -> None:
+    """Writes each curve's name to the right of all, at its end's height or as little above as leaves lines `apart`."""
+    right, height = max(where for _, where, _, _ in ends), -1e9
+    for value, where, name, color in sorted(ends):
+        height = max(value, height + apart)
+        panel.annotate(name, (where, value), (right + 0.4, height), color=color, va="center", fontsize=8,
+                       annotation_clip=False, arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 0})  # fmt: skip
