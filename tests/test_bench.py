@@ -130,7 +130,10 @@ def test_a_line_fits_a_line():
         (["distributed", "--processes", "two"], "--processes must be a whole number, got 'two'"),
         (["ops", "--round", "3"], "unknown flag --round: did you mean --rounds?"),
         (["ops", "--out", __file__], f"--out {__file__} is a file, not a folder"),
-        (["opps"], "WHAT must be one of step, copies, ops, scaling, train, distributed, report, got 'opps'"),
+        (
+            ["opps"],
+            "WHAT must be one of step, copies, ops, scaling, train, concurrent, distributed, report, got 'opps'",
+        ),
     ],
 )
 def test_nonsense_is_answered_in_a_line(argv, message, capsys, monkeypatch):

@@ -24,6 +24,7 @@ _CPU = Settings(dataset="cifar10", train_images=10_000, epochs=10, precision="bf
 # The scales of Table 2; others change what is trained and how often.
 QUICK, CPU, FULL = Scale("quick", _QUICK, 1), Scale("cpu", _CPU, 3), Scale("full", PAPER, 5)
 SCALES = {scale.name: scale for scale in (QUICK, CPU, FULL)}
+FIVE_RUNS = {"quick": QUICK, "cpu": replace(CPU, seeds=5), "full": FULL}  # Table 3's
 
 # Errors in %, as the paper's tables and figures have them.
 TABLE_2 = {"vgg11": (7.83, 7.02), "vgg13": (5.82, 5.14), "vgg16": (6.14, 5.71), "vgg19": (6.35, 5.88)}
@@ -78,7 +79,7 @@ def table2(out: Path, scale: Scale) -> None:
 
 def table3(out: Path, scale: Scale) -> None:
     """Accuracies of five runs without batch norm, homotopy on the convolutions."""
-    curves = trained(out, fives(scale), of_models(scale, ("vgg11", "vgg13"), **CONVOLUTIONS))
+    curves = trained(out, scale, of_models(scale, ("vgg11", "vgg13"), **CONVOLUTIONS))
     rows = [
         {"network": model, "method": name, "work": curve.work, "accuracy, %": spread(curve.last())}
         | {"max, %": max(curve.last()), "best epochs' max, %": max(curve.best())}
@@ -99,7 +100,7 @@ def figure2(out: Path, scale: Scale) -> None:
 
 def figure3(out: Path, scale: Scale) -> None:
     """Table 3's networks, both methods, over the epochs."""
-    curves = trained(out, fives(scale), of_models(scale, ("vgg11", "vgg13"), **CONVOLUTIONS))
+    curves = trained(out, scale, of_models(scale, ("vgg11", "vgg13"), **CONVOLUTIONS))
     paper = {
         (model, name): error for model, pair in FIGURE_3.items() for name, error in zip((SGD, HTA), pair, strict=True)
     }
@@ -107,11 +108,6 @@ def figure3(out: Path, scale: Scale) -> None:
 
 
 CONVOLUTIONS: dict[str, Any] = {"part": "conv", "shared": {"batch_norm": False}}
-
-
-def fives(scale: Scale) -> Scale:
-    """Table 3's five runs, where no other number is asked for."""
-    return replace(scale, seeds=5) if scale.seeds == CPU.seeds else scale
 
 
 def dropout(out: Path, scale: Scale) -> None:
