@@ -57,15 +57,10 @@ def of_models(scale: Scale, models: tuple[str, ...], **settings: Any) -> dict[tu
 def trained(out: Path, scale: Scale, wanted: Mapping[tuple[str, str], Settings]) -> dict[tuple[str, str], Curve]:
     """Each method's runs of each network, said, and saved as curves."""
     first = next(iter(wanted.values()))
-    say(settings_in_words(replace_settings(scale, first)))
+    say(settings_in_words(replace(scale, settings=first)))
     named = {f"{model} {name}": settings for (model, name), settings in wanted.items()}
     curves = train(out, named, range(scale.seeds))
     return {key: curves[name] for key, name in zip(wanted, named, strict=True)}
-
-
-def replace_settings(scale: Scale, settings: Settings) -> Scale:
-    """The scale with other settings of its plain runs."""
-    return Scale(scale.name, settings, scale.seeds)
 
 
 def table2(out: Path, scale: Scale) -> None:
