@@ -135,6 +135,6 @@ def figure(rows: list[Row]) -> Any:
     )  # fmt: skip
     labels = [f"{row['method']} ({row['accuracy, %']:.2f} %, work {row['work']})" for row in shown]
     axes.set_yticks(range(len(shown)), labels)
-    axes.set(xlabel="accuracy minus SGD's at equal work, points (95 % intervals)")
+    axes.set(xlabel="accuracy minus SGD's at equal work, points")
     axes.grid(alpha=0.3, axis="x")
     return figure
