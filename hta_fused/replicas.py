@@ -236,13 +236,14 @@ class Replicas(FlatCopies):
             What fn raises, from several threads once all have ended.
         """
 
-        def one(net: nn.Module, args: tuple[Any, ...]) -> Tensor:
-            value = _one(fn(net, *args))
-            scale(value).backward()
-            return value.detach()
-
         passes = zip(self.copies, self._arguments(batches), strict=True)
         if concurrent and self.params.device.type == "cpu":
+
+            def one(net: nn.Module, args: tuple[Any, ...]) -> Tensor:
+                value = _one(fn(net, *args))
+                scale(value).backward()
+                return value.detach()
+
             return tuple(side_by_side([partial(one, *of_copy) for of_copy in passes]))
         losses = []
         streams: list[Any] = [None] * len(self)
@@ -254,9 +255,12 @@ class Replicas(FlatCopies):
             streams[1:] = self._streams
             for stream in self._streams:
                 stream.wait_stream(main)  # before copy 0's work is queued: the others need not wait for it
-        for of_copy, stream in zip(passes, streams, strict=True):
+        # Not by a function of their own, which torch.compile would take for a second frame beside fn's.
+        for (net, args), stream in zip(passes, streams, strict=True):
             with torch.cuda.stream(stream):  # None changes nothing
-                losses.append(one(*of_copy))
+                value = _one(fn(net, *args))
+                scale(value).backward()
+                losses.append(value.detach())
         if main is not None:
             for stream in self._streams:
                 main.wait_stream(stream)
