@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,20 +22,20 @@ from .rivals import MOMENTUM, WEIGHT_DECAY
 MOST = {2: 1.9, 8: 7.6}  # plain steps that a step of so many copies side by side may take
 
 
-def of_trainer(settings: Settings, method: str, images: data.Images) -> Callable[[], None]:
-    """The trainer's step, its batches among it; its run is the function's attribute."""
+def of_trainer(settings: Settings, method: str, images: data.Images) -> Run:
+    """A run in its first epoch."""
     job = Job(method, method, settings.epochs, 0)
     run = Run(settings, job, batches_of(images, settings, job.seed))
     run.start_epoch()
+    return run
 
-    def advance() -> None:
-        if run.batch == len(run.batches) - 1:  # the last may be smaller
-            run.batch = 0
-            run.start_epoch()
-        run.advance()
 
-    advance.run = run  # type: ignore[attr-defined]
-    return advance
+def advance(run: Run) -> None:
+    """The trainer's step, its batches among it."""
+    if run.batch == len(run.batches) - 1:  # the last may be smaller
+        run.batch = 0
+        run.start_epoch()
+    run.advance()
 
 
 def training(
@@ -109,12 +110,12 @@ def side_by_side(precision: str, rounds: int, batch: int = 128, width: float = 0
     images = data.synthetic(train=8 * batch, test=64)
     chosen: dict[str, Any] = {"precision": precision, "batch_size": batch, "width": width}
     plain = Settings(dataset="synthetic", device="cpu", **chosen)
-    steps = {"SGD": of_trainer(plain, "sgd", images)}
+    steps: dict[str, Callable[[], Any]] = {"SGD": partial(advance, of_trainer(plain, "sgd", images))}
     for m in MOST:
         for whose in ("shared", "own"):
             for concurrent in (False, True):
                 settings = replace(plain, copies=m, batches=whose, concurrent=concurrent)
-                steps[_name(m, whose, concurrent)] = of_trainer(settings, "hta", images)
+                steps[_name(m, whose, concurrent)] = partial(advance, of_trainer(settings, "hta", images))
     times = measure.measure(steps, rounds)
     base = times["SGD"][0]
     return {

@@ -13,7 +13,7 @@ from hta_fused.train import Settings, data
 from hta_fused.train.vgg import VGG
 
 from .. import measure
-from ..training import of_trainer
+from ..training import advance, of_trainer
 from .session import Part, Result, Session
 
 STEP_OVER_SGD = {128: 1.6, 1024: 2.0}  # HTA's captured step over SGD's, by batch
@@ -59,13 +59,12 @@ def training(session: Session, batch: int, precision: str) -> Result:
     for graph in (True, False):
         for method, whose in (("sgd", "shared"), ("hta", "shared"), ("hta", "own")):
             name = f"{SGD if method == 'sgd' else OWN if whose == 'own' else HTA}, {GRAPH if graph else EAGER}"
-            step = of_trainer(Settings(**{**vars(settings), "graph": graph, "batches": whose}), method, images)
-            steps[name] = step
+            run = of_trainer(Settings(**{**vars(settings), "graph": graph, "batches": whose}), method, images)
+            steps[name] = partial(advance, run)
             for _ in range(6):  # warmed up, captured
                 steps[name]()
             if graph:
-                graphed = step.run.graphed  # type: ignore[attr-defined]
-                captured[name] = graphed is not None and graphed.graph is not None
+                captured[name] = run.graphed is not None and run.graphed.graph is not None
     steps[SCRIPT] = usual_script(images, settings)
     times = measure.measure(steps, rounds, gpu=device == "cuda")
     copies = {name: settings.copies if name.startswith(HTA) else 1 for name in steps}

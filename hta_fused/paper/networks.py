@@ -17,9 +17,7 @@ from .runs import Curve, Scale, curves_csv, settings_in_words, spread, train
 SGD, EQUAL_WORK, HTA = "SGD", "SGD, equal work", "HTA"
 COLORS = {SGD: "C0", EQUAL_WORK: "C1", HTA: "C2"}
 
-_QUICK = Settings(
-    dataset="synthetic", train_images=256, width=0.0625, epochs=3, L_step=0.005, batch_norm=True, device="cpu"
-)
+_QUICK = Settings(dataset="synthetic", train_images=256, width=0.0625, epochs=3, L_step=0.005, device="cpu")
 _CPU = Settings(dataset="cifar10", train_images=10_000, epochs=10, precision="bf16", device="cpu")
 # The scales of Table 2; others change what is trained and how often.
 QUICK, CPU, FULL = Scale("quick", _QUICK, 1), Scale("cpu", _CPU, 3), Scale("full", PAPER, 5)
@@ -29,6 +27,7 @@ FIVE_RUNS = {"quick": QUICK, "cpu": replace(CPU, seeds=5), "full": FULL}  # Tabl
 # Errors in %, as the paper's tables and figures have them.
 TABLE_2 = {"vgg11": (7.83, 7.02), "vgg13": (5.82, 5.14), "vgg16": (6.14, 5.71), "vgg19": (6.35, 5.88)}
 TABLE_3 = {"vgg11": "91.53 ± 0.09, best 91.66", "vgg13": "92.76 ± 0.22, best 93.09"}
+FIGURE_2 = {"vgg13": (6.35, 5.14)}
 FIGURE_3 = {"vgg11": (8.99, 8.39), "vgg13": (7.71, 6.91)}
 
 
@@ -39,19 +38,24 @@ def methods(plain: Settings, **homotopy: Any) -> dict[str, Settings]:
         plain: what all of them share.
     """
     hta = replace(plain, method="hta", **homotopy)
-    more = (hta.copies - 1) * hta.L_schedule.epochs
     sgd = replace(plain, method="sgd")
-    return {SGD: sgd, EQUAL_WORK: replace(sgd, epochs=sgd.epochs + more), HTA: hta}
+    return {SGD: sgd, EQUAL_WORK: replace(sgd, epochs=hta.equal_work_epochs), HTA: hta}
 
 
-def of_models(scale: Scale, models: tuple[str, ...], **settings: Any) -> dict[tuple[str, str], Settings]:
+def of_models(
+    scale: Scale, models: tuple[str, ...], batch_norm: bool = True, **homotopy: Any
+) -> dict[tuple[str, str], Settings]:
     """(network, method): its settings. At the quick scale one network stands for all."""
-    shared, own = settings.pop("shared", {}), settings
-    return {
-        (model, name): each
-        for model in (models[:1] if scale.name == "quick" else models)
-        for name, each in methods(replace(scale.settings, **{"model": model, **shared}), **own).items()
-    }
+    found: dict[tuple[str, str], Settings] = {}
+    for model in models[:1] if scale.name == "quick" else models:
+        shared: dict[str, Any] = {"model": model, "batch_norm": batch_norm}
+        found |= {(model, name): s for name, s in methods(replace(scale.settings, **shared), **homotopy).items()}
+    return found
+
+
+def without_batch_norm(scale: Scale) -> dict[tuple[str, str], Settings]:
+    """What Table 3 and Figure 3 train: homotopy on the convolutions."""
+    return of_models(scale, ("vgg11", "vgg13"), batch_norm=False, part="conv")
 
 
 def trained(out: Path, scale: Scale, wanted: Mapping[tuple[str, str], Settings]) -> dict[tuple[str, str], Curve]:
@@ -65,44 +69,30 @@ def trained(out: Path, scale: Scale, wanted: Mapping[tuple[str, str], Settings])
 
 def table2(out: Path, scale: Scale) -> None:
     """Errors of VGG11 to VGG19 with batch norm."""
-    curves = trained(out, scale, of_models(scale, tuple(TABLE_2)))
-    paper = {
-        (model, name): error for model, pair in TABLE_2.items() for name, error in zip((SGD, HTA), pair, strict=True)
-    }
-    leave(out, "table2", curves, paper)
+    leave(out, "table2", trained(out, scale, of_models(scale, tuple(TABLE_2))), TABLE_2)
 
 
 def table3(out: Path, scale: Scale) -> None:
     """Accuracies of five runs without batch norm, homotopy on the convolutions."""
-    curves = trained(out, scale, of_models(scale, ("vgg11", "vgg13"), **CONVOLUTIONS))
+    curves = trained(out, scale, without_batch_norm(scale))
     rows = [
         {"network": model, "method": name, "work": curve.work, "accuracy, %": spread(curve.last())}
         | {"max, %": max(curve.last()), "best epochs' max, %": max(curve.best())}
         | {"paper, %": TABLE_3[model] if name == HTA else ""}
         for (model, name), curve in curves.items()
     ]
-    say(markdown(rows))
-    save_csv(out / "table3.csv", rows)
-    save_csv(out / "table3-epochs.csv", epochs(curves))
-    save_figure(out / "table3.png", figure(curves))
+    write(out, "table3", rows, curves)
 
 
 def figure2(out: Path, scale: Scale) -> None:
     """VGG13, homotopy on the fully connected layers."""
     curves = trained(out, scale, of_models(scale, ("vgg13",), partition="layer_blocks", part="classifier"))
-    leave(out, "figure2", curves, {("vgg13", SGD): 6.35, ("vgg13", HTA): 5.14})
+    leave(out, "figure2", curves, FIGURE_2)
 
 
 def figure3(out: Path, scale: Scale) -> None:
     """Table 3's networks, both methods, over the epochs."""
-    curves = trained(out, scale, of_models(scale, ("vgg11", "vgg13"), **CONVOLUTIONS))
-    paper = {
-        (model, name): error for model, pair in FIGURE_3.items() for name, error in zip((SGD, HTA), pair, strict=True)
-    }
-    leave(out, "figure3", curves, paper)
-
-
-CONVOLUTIONS: dict[str, Any] = {"part": "conv", "shared": {"batch_norm": False}}
+    leave(out, "figure3", trained(out, scale, without_batch_norm(scale)), FIGURE_3)
 
 
 def dropout(out: Path, scale: Scale) -> None:
@@ -110,11 +100,12 @@ def dropout(out: Path, scale: Scale) -> None:
     copy's weight decays as if it were left out; beside plain dropout, and neither."""
     plain = replace(scale.settings, dropout=0.0)
     masks = {"partition": "hashed", "part": "classifier", "anchor": "zero"}
+    neither, dropped = methods(plain), methods(scale.settings)
     wanted = {
-        "neither": methods(plain)[SGD],
-        "neither, equal work": methods(plain)[EQUAL_WORK],
-        "dropout": methods(scale.settings)[SGD],
-        "dropout, equal work": methods(scale.settings)[EQUAL_WORK],
+        "neither": neither[SGD],
+        "neither, equal work": neither[EQUAL_WORK],
+        "dropout": dropped[SGD],
+        "dropout, equal work": dropped[EQUAL_WORK],
         "HTA, masks of an epoch": methods(plain, **masks)[HTA],
         "HTA, masks of a step": methods(plain, **masks, resample="step")[HTA],
     }
@@ -122,24 +113,30 @@ def dropout(out: Path, scale: Scale) -> None:
 
 
 def leave(
-    out: Path, name: str, curves: Mapping[tuple[str, str], Curve], paper: Mapping[tuple[str, str], float]
+    out: Path, name: str, curves: Mapping[tuple[str, str], Curve], paper: Mapping[str, tuple[float, float]]
 ) -> None:
-    """Prints a table of errors with the paper's beside ours, and writes it, all epochs, and a picture.
+    """Leaves a table of errors with the paper's, of SGD and HTA for each network, beside ours.
 
     "best epoch" is the paper's habit: the test set chooses the epoch. "improvement" is the paper's rate, over SGD at the
     last epoch.
     """
     rows: list[Row] = []
     for (model, method), curve in curves.items():
+        theirs = dict(zip((SGD, HTA), paper.get(model, ()), strict=False))
+        their_rate = f"{_rate(*theirs.values()):.1f}" if theirs and method == HTA else ""
         errors = [100 - accuracy for accuracy in curve.last()]
         base = curves.get((model, SGD))
         rate = "" if base is None or method == SGD else f"{improvement(base, curve):.1f}"
         rows.append(
             {"network": model, "method": method, "work": curve.work, "error, %": spread(errors)}
             | {"best epoch, %": spread([100 - accuracy for accuracy in curve.best()]), "improvement, %": rate}
-            | {"paper's error, %": paper.get((model, method), "")}
-            | {"its improvement, %": _paper_rate(paper, model) if method == HTA else ""}
+            | {"paper's error, %": theirs.get(method, ""), "its improvement, %": their_rate}
         )
+    write(out, name, rows, curves)
+
+
+def write(out: Path, name: str, rows: list[Row], curves: Mapping[tuple[str, str], Curve]) -> None:
+    """Prints a table, and writes it, all epochs, and a picture."""
     say(markdown(rows))
     save_csv(out / f"{name}.csv", rows)
     save_csv(out / f"{name}-epochs.csv", epochs(curves))
@@ -148,13 +145,11 @@ def leave(
 
 def improvement(base: Curve, curve: Curve) -> float:
     """By how much of its mean error another method's is lower, in %."""
-    before, after = (100 - statistics.fmean(c.last()) for c in (base, curve))
+    return _rate(*(100 - statistics.fmean(c.last()) for c in (base, curve)))
+
+
+def _rate(before: float, after: float) -> float:
     return 100 * (before - after) / before if before else 0.0
-
-
-def _paper_rate(paper: Mapping[tuple[str, str], float], model: str) -> str:
-    before, after = paper.get((model, SGD)), paper.get((model, HTA))
-    return "" if before is None or after is None else f"{100 * (before - after) / before:.1f}"
 
 
 def epochs(curves: Mapping[tuple[str, str], Curve]) -> list[Row]:

@@ -3,7 +3,6 @@
 Imports the trainer; knows nothing of the experiments.
 """
 
-import json
 import multiprocessing
 import os
 import statistics
@@ -11,9 +10,9 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..train.comparison import Trainer
+from ..train.folder import Folder
 from ..train.settings import Settings
 from .report import Row, progress, say
 
@@ -92,7 +91,7 @@ def train(out: Path, methods: Mapping[str, Settings], seeds: range) -> dict[str,
 def _finished(settings: Settings) -> list[Row]:
     """A run's rows, once it is done."""
     assert settings.out is not None
-    if (settings.out / "checkpoint.pt").exists():
+    if Folder.begun(settings.out):
         trainer = Trainer.resume(
             settings.out, {"data_dir": settings.data_dir, "device": settings.device}, report=_silent
         )
@@ -140,9 +139,3 @@ def curves_csv(curves: Mapping[str, Curve]) -> list[Row]:
         for rows in curve.seeds
         for row in rows
     ]
-
-
-def machine(out: Path) -> dict[str, Any]:
-    """Where and when the first run that is in a folder was finished, as its summary says."""
-    summary = json.loads(min((out / "runs").glob("*/summary.json")).read_text())
-    return {**summary["machine"], "date": summary["date"][:10]}

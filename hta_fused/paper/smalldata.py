@@ -50,24 +50,20 @@ def methods(plain: Settings, lr: float, parallel_lr: float) -> dict[str, Setting
     apart = plain.epochs * 4 // 5
     plain = replace(plain, method="sgd", lr=lr)
     longer = replace(plain, epochs=plain.epochs + apart)
+    falling: dict[str, Any] = {"epochs_per_L": apart // 6}  # the six values of the paper's L
+    if apart < 6:
+        falling = {"schedule": "constant", "epochs_per_L": apart}
     own: dict[str, Any] = {"method": "hta", "batches": "own", "partition": "none"}
     return {
         "SGD": plain,
         BASE: replace(longer, ema=0.998, swa=0.25),
         PARALLEL: replace(longer, batch_size=2 * plain.batch_size, lr=parallel_lr),
         "local SGD": replace(plain, **own, coupling="average", every=16, schedule="constant", epochs_per_L=apart),
-        "HTA, as in the paper": replace(
-            plain, method="hta", **(_fall(6, apart) if apart >= 6 else {"schedule": "constant", "epochs_per_L": apart})
-        ),
+        "HTA, as in the paper": replace(plain, method="hta", **falling),
         "tight, loose, merged": replace(
             plain, **own, schedule="tight-loose-merge", L_start=0.01, L_stop=100.0, epochs_per_L=apart // 2
         ),
     }
-
-
-def _fall(values: int, epochs: int) -> dict[str, Any]:
-    """The paper's values of L over so many epochs."""
-    return {"L_start": 0.01, "L_stop": 0.005, "L_step": 0.001, "epochs_per_L": epochs // values}
 
 
 def run(out: Path, scale: Scale) -> None:

@@ -7,7 +7,8 @@ decoupled problems (2), L = 0 for f itself. `track` follows one path with scipy'
 thousands at once in torch. Knows nothing of networks; imports torch and, in `track`, scipy.
 
 Rooms: objective.py f and its gradient, homotopy.py the quadratic terms and their stages, single_start.py `track`,
-many_starts.py `track_many`, corrector.py the tangent and what a corrector knows, bfgs.py its minimiser, arclength.py folds, quadratic.py the exact path of a quadratic f.
+many_starts.py `track_many`, corrector.py the tangent and what a corrector knows, bfgs.py its minimiser, arclength.py
+folds, quadratic.py the exact path of a quadratic f.
 """
 
 from .arclength import Fold

@@ -31,7 +31,7 @@ def jobs(settings: Settings) -> list[Job]:
     if settings.method != "hta":
         kinds.append(("SGD", "sgd", settings.epochs))
     if settings.method == "compare":
-        kinds.append(("SGD, equal work", "sgd", settings.epochs + (settings.copies - 1) * settings.L_schedule.epochs))
+        kinds.append(("SGD, equal work", "sgd", settings.equal_work_epochs))
     if settings.method != "sgd":
         kinds.append(("HTA" if settings.coupling == "homotopy" else "local SGD", "hta", settings.epochs))
     return [Job(*kind, seed) for seed in range(settings.seed, settings.seed + settings.seeds) for kind in kinds]
@@ -41,8 +41,8 @@ class Trainer:
     """Works through a comparison's jobs and keeps its folder.
 
     The folder holds checkpoint.pt, the truth, from the instant that it exists, and the one before beside it; of what
-    the checkpoint says: config.json, metrics.jsonl (a line per epoch), one state_dict per finished run (and one each for its EMA and
-    SWA), and at the end summary.json and curves.png. Each is whole at any moment.
+    the checkpoint says: config.json, metrics.jsonl (a line per epoch), one state_dict per finished run (and one each
+    for its EMA and SWA), and at the end summary.json and curves.png. Each is whole at any moment.
 
     Args:
         settings: what to train; `out`, a new folder, must be set.

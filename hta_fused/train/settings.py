@@ -223,6 +223,11 @@ class Settings:
             falling = L_schedules.constant(self.L_start, self.epochs_per_L)
         return L_schedules.decoupled(self.decoupled) + falling if self.decoupled else falling
 
+    @property
+    def equal_work_epochs(self) -> int:
+        """Epochs of one network that are the work of a homotopy run: an epoch counts once for each copy."""
+        return self.epochs + (self.copies - 1) * self.L_schedule.epochs
+
     def L_at(self, epoch: int) -> float:
         """L before the merge; NaN where the coupling has none."""
         return self.L_schedule(epoch) if self.coupling == "homotopy" else math.nan
