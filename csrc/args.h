@@ -54,12 +54,44 @@ struct StepArgs {
   int32_t phase;
   int32_t explicit_mode;
   int32_t guard;
+  int8_t* corrections[kMaxCopies];
+  float* scales[2 * kMaxCopies];
+  const int64_t* noise;
+  int32_t copies_format;
+  int32_t grads_format;
+  int32_t states_format;
+  int32_t anchor_format;
 };
 // copies: overwritten; states: one row for each copy, or two (the second rows after all first), or null; low: the new
 // copies again, in the gradients' type, or null; anchor: null is zero; centre: what moves with the sum, such as the
 // anchor itself, or null; sums: s, where a phase is done alone, else null; grad_scale: what gradients are divided by; found_inf: not 0: the
 // step is skipped. partial, nonfinite, guard are the GPU's own: two sums from each block; the flag of a gradient that
-// is not finite; whether that flag is set beforehand, and skips the step.
+// is not finite; whether that flag is set beforehand, and skips the step. The rest is for Packed, whose T* lead to what
+// the formats say: corrections of split copies, the states' scales, one for each kScaled elements; noise: a number of this
+// step's own for what is rounded at random.
+
+// The rows of Packed arguments. Of two states the second is a square.
+template <class A> HTA_INLINE Row copy_row(const A& args, int32_t j) {
+  return {Format(args.copies_format), args.copies[j], args.corrections[j]};
+}
+template <class A> HTA_INLINE Row state_row(const A& args, int32_t buffer, int32_t j) {
+  const int32_t row = buffer * args.m + j;
+  const bool square = buffer && args.states_format == kSigned8;
+  return {square ? kUnsigned8 : Format(args.states_format), args.states[row], args.scales[row]};
+}
+template <class A> HTA_INLINE Row grad_row(const A& args, int32_t j) {
+  return {Format(args.grads_format), const_cast<Packed*>(args.grads[j]), nullptr};
+}
+template <class A> HTA_INLINE Row low_row(const A& args, int32_t j) { return {Format(args.grads_format), args.low[j], nullptr}; }
+template <class A> HTA_INLINE Row anchor_row(const A& args, const Packed* of) {
+  return {Format(args.anchor_format), const_cast<Packed*>(of), nullptr};
+}
+
+// The random bits of an element of a row are those of its place, under the keys hash_keys(noise, tile), with these of the
+// row changed: one mix serves all rows. Rows: copies, states and centre, in this order.
+HTA_INLINE uint32_t row_noise(int64_t noise, int32_t row, int64_t tile) {
+  return hash_keys(noise ^ (int64_t(row + 1) << 32), tile).first;
+}
 
 template <class T>
 struct PenaltyArgs {
@@ -105,7 +137,7 @@ namespace cpu {
 // sums: the anchor's and the pairs' squares; NaN if a gradient was not finite, else 0.
 template <class T> void step(const StepArgs<T>& args, double sums[3]);
 template <class T> double penalty(const PenaltyArgs<T>& args);
-template <class T> bool all_finite(const StepArgs<T>& args);
+template <class T> bool all_finite(const StepArgs<T>& args);  // `step` and this for float, double and Packed
 const char* instruction_set();
 }  // namespace cpu
 

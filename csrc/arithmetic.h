@@ -105,10 +105,10 @@ HTA_INLINE V quadratic_gradient(V x, V gap, V gaps, V reads, V anchor, const Rul
   return rule.pull * (x - anchor) + rule.share * (reads * gap - gaps);
 }
 
-// ------------------------------------------------------------------------------------------------------ random labels
+// ----------------------------------------------------------------------------------------------------- random numbers
 
-// The label of an element under a seed: 1 ... copies, each equally likely. Two 32-bit keys for a tile, one mix for an
-// element (the finalizer of MurmurHash3), so that it costs no memory.
+// 32 random bits for each element, which cost no memory: two keys for a tile, one mix for an element (the finalizer of
+// MurmurHash3). The same for the same numbers, whatever the order in which they are asked for.
 struct HashKeys {
   uint32_t first, second;
 };
@@ -127,14 +127,20 @@ HTA_INLINE HashKeys hash_keys(int64_t seed, int64_t tile) {
 
 // U: an unsigned 32-bit number, or lanes of them.
 template <class U>
-HTA_INLINE U hashed_label(HashKeys key, U at, uint32_t copies) {
+HTA_INLINE U random_bits(HashKeys key, U at) {
   U x = at ^ key.first;
   x ^= x >> 16;
   x *= 0x85ebca6bu;
   x ^= (x >> 13) ^ key.second;
   x *= 0xc2b2ae35u;
   x ^= x >> 16;
-  return (((x >> 16) * copies) >> 16) + 1;
+  return x;
+}
+
+// The label of an element under a seed: 1 ... copies, each equally likely.
+template <class U>
+HTA_INLINE U hashed_label(HashKeys key, U at, uint32_t copies) {
+  return (((random_bits(key, at) >> 16) * copies) >> 16) + 1;
 }
 
 }  // namespace hta

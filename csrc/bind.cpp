@@ -32,6 +32,7 @@ template <> constexpr ScalarType kTypeOf<hta::BFloat16> = ScalarType::BFloat16;
 template <> constexpr ScalarType kTypeOf<int32_t> = ScalarType::Int;
 template <> constexpr ScalarType kTypeOf<int64_t> = ScalarType::Long;
 template <> constexpr ScalarType kTypeOf<uint8_t> = ScalarType::Byte;
+template <> constexpr ScalarType kTypeOf<int8_t> = ScalarType::Char;
 template <> constexpr ScalarType kTypeOf<bool> = ScalarType::Bool;
 
 // Where an op's tensors must all be: its first one's device.
@@ -39,15 +40,14 @@ class Place {
  public:
   explicit Place(const Tensor& first) : on_cpu_(first.is_cpu()), device_(first.get_device()) {}
 
-  template <class T>
-  bool here(const Tensor& tensor) const {
-    return tensor.is_cpu() == on_cpu_ && tensor.get_device() == device_ && tensor.scalar_type() == kTypeOf<T>;
+  bool here(const Tensor& tensor, ScalarType type) const {
+    return tensor.is_cpu() == on_cpu_ && tensor.get_device() == device_ && tensor.scalar_type() == type;
   }
 
   // The data of a dense tensor of type T with at least n elements.
   template <class T>
   T* data(const Tensor& tensor, int64_t n, const char* name) const {
-    STD_TORCH_CHECK(here<T>(tensor) && tensor.is_contiguous() && tensor.numel() >= n,
+    STD_TORCH_CHECK(here(tensor, kTypeOf<T>) && tensor.is_contiguous() && tensor.numel() >= n,
                     name, " must be a contiguous tensor of the op's dtype and device with at least ", n, " elements");
     return static_cast<T*>(tensor.mutable_data_ptr());
   }
@@ -65,16 +65,21 @@ class Place {
   // The rows of a list: a 1-D tensor is one; a 2-D tensor holds several, whose starts may lie anywhere apart.
   template <class T>
   int64_t rows(const std::vector<Tensor>& list, int64_t n, T** out, int64_t limit, const char* name) const {
+    return rows(list, n, out, limit, name, kTypeOf<std::remove_const_t<T>>, sizeof(T));
+  }
+  template <class T>  // of another type than T: Packed
+  int64_t rows(const std::vector<Tensor>& list, int64_t n, T** out, int64_t limit, const char* name, ScalarType type,
+               int64_t bytes) const {
     int64_t count = 0;
     for (const Tensor& tensor : list) {
       const int64_t held = tensor.dim() > 1 ? tensor.size(0) : 1, stride = held > 1 ? tensor.stride(0) : n;
-      STD_TORCH_CHECK(here<std::remove_const_t<T>>(tensor) && tensor.numel() == held * n && tensor.dim() <= 2 &&
+      STD_TORCH_CHECK(here(tensor, type) && tensor.numel() == held * n && tensor.dim() <= 2 &&
                           (n < 2 || tensor.stride(tensor.dim() - 1) == 1) && stride >= n,
                       name, " must be tensors of the op's dtype and device whose rows hold ", n, " contiguous elements");
-      T* const start = static_cast<T*>(tensor.mutable_data_ptr());
+      char* const start = static_cast<char*>(tensor.mutable_data_ptr());
       for (int64_t row = 0; row < held; ++row, ++count) {
         STD_TORCH_CHECK(count < limit, name, " must have at most ", limit, " rows");
-        out[count] = start + row * stride;
+        out[count] = reinterpret_cast<T*>(start + row * stride * bytes);
       }
     }
     return count;
@@ -111,12 +116,97 @@ std::pair<int64_t, int64_t> shape_of(const std::vector<Tensor>& copies) {
   return {m, copies[0].size(copies[0].dim() - 1)};
 }
 
+// How a tensor's float32 numbers lie in memory.
+struct Stored {
+  hta::Format format;
+  ScalarType type;
+  int64_t bytes;
+};
+
+Stored stored(const Tensor& tensor, const char* name, bool split = false) {
+  const ScalarType type = tensor.scalar_type();
+  if (type == ScalarType::BFloat16) return {split ? hta::kSplitBFloat16 : hta::kBFloat16, type, 2};
+  if (type == ScalarType::Half) return {split ? hta::kSplitHalf : hta::kHalf, type, 2};
+  STD_TORCH_CHECK(!split, name, " with corrections must be bfloat16 or float16");
+  if (type == ScalarType::Byte) return {hta::kSigned8, type, 1};
+  STD_TORCH_CHECK(type == ScalarType::Float, name, " must be float32, or in one of its formats");
+  return {hta::kFloat32, type, 4};
+}
+
+// The rows of a step's buffers, of T and G or as they are stored.
+template <class T, class G>
+void find_rows(const Place& place, hta::StepArgs<T, G>& args, int64_t m, int64_t n, const std::vector<Tensor>& copies,
+               const std::vector<Tensor>& grads, const std::vector<Tensor>& states, const std::vector<Tensor>& low,
+               Optional anchor, Optional centre, Optional sums, const std::vector<Tensor>& corrections,
+               const std::vector<Tensor>& scales, Optional noise) {
+  const bool proposes = args.phase & hta::kPropose;
+  int64_t held = 0, grads_held = m;
+  int64_t low_held = 0;
+  if constexpr (std::is_same_v<T, hta::Packed>) {
+    const auto rows = [&](const std::vector<Tensor>& list, hta::Packed** out, int64_t limit, const char* name, bool split = false) {
+      const Stored as = stored(list[0], name, split);
+      STD_TORCH_CHECK(as.format != hta::kSigned8 || &list == &states, name, " must not be in bytes");
+      return std::make_pair(place.rows(list, n, out, limit, name, as.type, as.bytes), as);
+    };
+    const auto one = [&](Optional tensor, const char* name) -> hta::Packed* {
+      if (!tensor) return nullptr;
+      const Stored as = stored(*tensor, name);
+      STD_TORCH_CHECK(as.format != hta::kSigned8 && tensor->dim() == 1, name, " must be 1-D, and not in bytes");
+      hta::Packed* row = nullptr;
+      place.rows({*tensor}, n, &row, 1, name, as.type, as.bytes);
+      args.anchor_format = as.format;
+      return row;
+    };
+    args.copies_format = rows(copies, args.copies, hta::kMaxCopies, "copies", !corrections.empty()).second.format;
+    if (!corrections.empty())
+      STD_TORCH_CHECK(place.rows(corrections, n, args.corrections, hta::kMaxCopies, "corrections") == m,
+                      "corrections must have ", m, " rows");
+    args.noise = place.data<int64_t>(noise, 1, "noise");
+    if (proposes && !grads.empty()) {
+      const auto [count, as] = rows(grads, const_cast<hta::Packed**>(args.grads), hta::kMaxCopies, "grads");
+      grads_held = count, args.grads_format = as.format;
+    }
+    if (proposes && !states.empty()) {
+      const auto [count, as] = rows(states, args.states, 2 * hta::kMaxCopies, "states");
+      held = count, args.states_format = as.format;
+      const int64_t blocks = (n + hta::kScaled - 1) / hta::kScaled;
+      STD_TORCH_CHECK(as.format != hta::kSigned8 || (noise && place.rows(scales, blocks, args.scales, 2 * hta::kMaxCopies, "scales") == held),
+                      "states in bytes must come with noise, and with ", held, " rows of scales");
+    }
+    if (!low.empty()) {
+      const auto [count, as] = rows(low, args.low, hta::kMaxCopies, "low");
+      STD_TORCH_CHECK(grads.empty() || as.format == args.grads_format, "low must be of the gradients' dtype");
+      low_held = count, args.grads_format = as.format;
+    }
+    args.anchor = one(anchor, "anchor");
+    args.centre = one(centre, "centre");
+    STD_TORCH_CHECK(!anchor || !centre || anchor->scalar_type() == centre->scalar_type(), "centre must be of the anchor's dtype");
+    args.sums = reinterpret_cast<hta::Packed*>(place.data<float>(sums, n, "sums"));
+  } else {
+    STD_TORCH_CHECK(corrections.empty() && scales.empty(), "corrections and scales are for copies and states in other formats");
+    place.rows(copies, n, args.copies, hta::kMaxCopies, "copies");
+    if (proposes) {
+      grads_held = place.rows(grads, n, args.grads, hta::kMaxCopies, "grads");
+      held = place.rows(states, n, args.states, 2 * hta::kMaxCopies, "states");
+    }
+    low_held = place.rows(low, n, args.low, hta::kMaxCopies, "low");
+    args.anchor = place.data<T>(anchor, n, "anchor");
+    args.centre = place.data<T>(centre, n, "centre");
+    args.sums = place.data<T>(sums, n, "sums");
+  }
+  STD_TORCH_CHECK(!proposes || (grads_held == m && !grads.empty()), "grads must have ", m, " rows");
+  STD_TORCH_CHECK(!proposes || (args.proposal == hta::kAdamW ? held == 2 * m : held == m || held == 0), "states must have ", m,
+                  args.proposal == hta::kAdamW ? " rows twice" : " rows or none", ", got ", held);
+  STD_TORCH_CHECK(low_held == m || low_held == 0, "low must have ", m, " rows or none, got ", low_held);
+}
+
 template <class T, class G>
 hta::StepArgs<T, G> step_args(const std::vector<Tensor>& copies, const std::vector<Tensor>& grads,
                               const std::vector<Tensor>& states, const std::vector<Tensor>& low, Optional anchor,
                               Optional centre, Optional sums, Optional codes, Optional labels, Optional seed,
                               const Tensor& rules, Optional grad_scale, Optional found_inf, const Tensor& stats,
-                              int64_t proposal, bool explicit_mode, bool guard, int64_t phase) {
+                              int64_t proposal, bool explicit_mode, bool guard, int64_t phase,
+                              const std::vector<Tensor>& corrections, const std::vector<Tensor>& scales, Optional noise) {
   const Place place(copies[0]);
   const auto [m, n] = shape_of(copies);
   STD_TORCH_CHECK(rules.dim() == 2 && rules.size(0) > 0, "rules must be a 2-D tensor, a row for each group");
@@ -125,21 +215,12 @@ hta::StepArgs<T, G> step_args(const std::vector<Tensor>& copies, const std::vect
   hta::StepArgs<T, G> args{};
   STD_TORCH_CHECK(m <= blocks && blocks <= hta::kMaxCopies && hta::rules_width(m, blocks) == width,
                   "rules must have rows of ", hta::rules_width(m, m), " numbers, got ", width);
-  place.rows(copies, n, args.copies, hta::kMaxCopies, "copies");
   STD_TORCH_CHECK(proposal == hta::kSgd || proposal == hta::kAdamW, "proposal must be 0 or 1, got ", proposal);
   STD_TORCH_CHECK(0 < phase && phase < 4, "phase must be 1, 2 or 3, got ", phase);
   STD_TORCH_CHECK(phase == 3 || sums, "sums must be given where a phase is done alone");
-  if (phase & hta::kPropose) {
-    STD_TORCH_CHECK(place.rows(grads, n, args.grads, hta::kMaxCopies, "grads") == m, "grads must have ", m, " rows");
-    const int64_t held = place.rows(states, n, args.states, 2 * hta::kMaxCopies, "states");
-    STD_TORCH_CHECK(proposal == hta::kAdamW ? held == 2 * m : held == m || held == 0, "states must have ", m,
-                    proposal == hta::kAdamW ? " rows twice" : " rows or none", ", got ", held);
-  }
-  const int64_t held = place.rows(low, n, args.low, hta::kMaxCopies, "low");
-  STD_TORCH_CHECK(held == m || held == 0, "low must have ", m, " rows or none, got ", held);
-  args.anchor = place.data<T>(anchor, n, "anchor");
-  args.centre = place.data<T>(centre, n, "centre");
-  args.sums = place.data<T>(sums, n, "sums");
+  args.proposal = proposal;
+  args.phase = phase;
+  find_rows(place, args, m, n, copies, grads, states, low, anchor, centre, sums, corrections, scales, noise);
   args.pattern = place.pattern(codes, labels, seed, n, blocks, groups);
   args.rules = place.data<hta::arithmetic_t<T>>(rules, groups * width, "rules");
   args.groups = groups;
@@ -149,8 +230,6 @@ hta::StepArgs<T, G> step_args(const std::vector<Tensor>& copies, const std::vect
   args.stats = place.data<double>(stats, 4, "stats");
   args.m = m;
   args.blocks = blocks;
-  args.proposal = proposal;
-  args.phase = phase;
   args.explicit_mode = explicit_mode;
   args.guard = guard;
   return args;
@@ -222,7 +301,7 @@ Tensor scratch(const Tensor& like, int64_t n) {
 
 template <class T, class G>
 void run(const Tensor& like, const hta::StepArgs<T, G>& args) {
-  if constexpr (std::is_same_v<T, G> && (std::is_same_v<T, float> || std::is_same_v<T, double>))
+  if constexpr (std::is_same_v<T, G> && !std::is_same_v<T, hta::Half> && !std::is_same_v<T, hta::BFloat16>)
     if (like.is_cpu()) return on_cpu(args);
 #ifdef HTA_WITH_CUDA
   if (like.is_cuda()) {
@@ -267,15 +346,19 @@ void step_(std::vector<Tensor> copies, std::vector<Tensor> grads, std::vector<Te
            std::optional<Tensor> anchor, std::optional<Tensor> centre, std::optional<Tensor> sums,
            std::optional<Tensor> codes, std::optional<Tensor> labels, std::optional<Tensor> seed, Tensor rules,
            std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, Tensor stats, int64_t proposal,
-           bool explicit_mode, bool skip_nonfinite, int64_t phase) {
+           bool explicit_mode, bool skip_nonfinite, int64_t phase, std::vector<Tensor> corrections,
+           std::vector<Tensor> scales, std::optional<Tensor> noise) {
   shape_of(copies);
   const auto with = [&](auto t, auto g) {
     run(copies[0], step_args<decltype(t), decltype(g)>(copies, grads, states, low, anchor, centre, sums, codes, labels,
                                                        seed, rules, grad_scale, found_inf, stats, proposal,
-                                                       explicit_mode, skip_nonfinite, phase));
+                                                       explicit_mode, skip_nonfinite, phase, corrections, scales, noise));
   };
   const ScalarType of_copies = copies[0].scalar_type();
   const ScalarType of_grads = !low.empty() ? low[0].scalar_type() : grads.empty() ? of_copies : grads[0].scalar_type();
+  const bool of_one = corrections.empty() && (states.empty() || states[0].scalar_type() == of_copies) &&
+                      (!anchor || anchor->scalar_type() == of_copies) && (!centre || centre->scalar_type() == of_copies);
+  if (!of_one || (copies[0].is_cpu() && of_grads != of_copies)) return with(hta::Packed{}, hta::Packed{});
   if (of_copies == ScalarType::Float && of_grads == ScalarType::Half) return with(float{}, hta::Half{});
   if (of_copies == ScalarType::Float && of_grads == ScalarType::BFloat16) return with(float{}, hta::BFloat16{});
   by_type(copies[0], [&](auto t) { with(t, t); });

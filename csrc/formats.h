@@ -1,4 +1,5 @@
-// How numbers are stored: kernels compute in Arithmetic<T>, and T says how a value is read and written.
+// How numbers are stored. Kernels compute in Arithmetic<T>, and T says how a value is read and written: one type for a
+// whole buffer, or Packed, where each buffer has a Format of its own.
 #pragma once
 #include "arithmetic.h"
 
@@ -44,5 +45,120 @@ template <> HTA_INLINE Half narrow<Half>(float x) {
   return {};
 #endif
 }
+
+// ------------------------------------------------------------------------------------------------------------- formats
+//
+// How a row of float32 numbers may lie in memory. Below, V is a float or lanes of them, U as many unsigned 32-bit words;
+// a code is the low bits of a word. `noise` holds 32 random bits. kernels/formats.py is this in PyTorch.
+
+enum Format : int32_t {
+  kFloat32,
+  kBFloat16,  // rounded to nearest, or at random where it is an optimizer's
+  kHalf,
+  kSplitBFloat16,  // 24 bits of a float32: the nearest bfloat16, and a byte of correction
+  kSplitHalf,
+  kSigned8,    // a sign, and the upper bits of a pseudo-logarithm of the magnitude over the largest of kScaled elements
+  kUnsigned8,  // no sign, and twice as many binades: squares of what kSigned8 is used for
+};
+
+constexpr int64_t kScaled = 128;  // elements that share a scale
+
+struct Packed { float value; };  // in a register
+template <> struct Arithmetic<Packed> { using type = float; };
+HTA_INLINE float widen(Packed x) { return x.value; }
+template <> HTA_INLINE Packed narrow<Packed>(float x) { return {x}; }
+
+#if !defined(__CUDACC__) && !defined(__CUDACC_RTC__)
+template <class V> struct Words {  // of lanes
+  typedef uint32_t U __attribute__((vector_size(sizeof(V))));
+};
+#else
+template <class V> struct Words;
+#endif
+template <> struct Words<float> {
+  using U = uint32_t;
+};
+
+template <class V, class U = typename Words<V>::U> HTA_INLINE U bits_of(V x) { return __builtin_bit_cast(U, x); }
+template <class V, class U> HTA_INLINE V from_bits(U bits) { return __builtin_bit_cast(V, bits); }
+
+template <class V, class U = typename Words<V>::U>
+HTA_INLINE U nearest_bfloat16(V x) {
+  const U bits = bits_of(x);
+  return x != x ? U{} + 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+// Up or down at random, such that the mean is x.
+template <class V, class U>
+HTA_INLINE U random_bfloat16(V x, U noise) {
+  return x != x ? U{} + 0x7fc0u : (bits_of(x) + (noise & 0xffffu)) >> 16;
+}
+
+// The upper 24 bits, rounded (ties away from 0), as a bfloat16 and what is missing to them.
+template <class V, class U>
+HTA_INLINE void split_bfloat16(V x, U& low, U& correction) {
+  const U kept = bits_of(x) + 0x80u;
+  low = x != x ? U{} + 0x7fc0u : (kept + 0x8000u) >> 16;
+  correction = (kept >> 8) & 0xffu;
+}
+
+// correction: its sign extended.
+template <class V, class U>
+HTA_INLINE V join_bfloat16(U low, U correction) {
+  return from_bits<V>((low << 16) + (correction << 8));
+}
+
+// A 256th of the unit in the last place of a float16.
+HTA_INLINE float correction_unit(float low) {
+  const uint32_t exponent = bits_of(low) & 0x7f800000u, least = 113u << 23;
+  return from_bits<float>((exponent > least ? exponent : least) - (18u << 23));
+}
+
+HTA_INLINE void split_half(float x, Half& low, uint32_t& correction) {
+  low = narrow<Half>(x);
+  const float wide = widen(low), parts = (x - wide) / correction_unit(wide);
+  const float rounded = parts < 127 ? parts < 0 ? parts - 0.5f : parts + 0.5f : 127;  // not where NaN, nor infinite
+  correction = x - x == 0 && wide - wide == 0 ? uint32_t(int32_t(rounded)) & 0xffu : 0;
+}
+
+HTA_INLINE float join_half(Half low, int32_t correction) {
+  const float wide = widen(low);
+  return wide - wide == 0 ? wide + float(correction) * correction_unit(wide) : wide;
+}
+
+// A code is the upper bits of y = x / scale + least, as a float32: near 0 evenly spaced, then 16 codes in each factor of
+// two, up to kTop, where the scale itself lies. Rounded up or down at random, such that the mean of what codes stand for
+// is x. Of a scale below float32's normal numbers all codes are 0; under one that is not finite, nothing is.
+constexpr float kTop = 0.96875f;
+constexpr int kCodeShift = 19;
+template <bool kSigned> constexpr float kLeast = kSigned ? 0x1p-8f : 0x1p-16f;
+
+template <bool kSigned> HTA_INLINE float to_codes(float scale) {  // what magnitudes are multiplied by
+  return scale >= 0x1p-126f ? (kTop - kLeast<kSigned>) / scale : 0;
+}
+template <bool kSigned> HTA_INLINE float from_codes(float scale) { return scale / (kTop - kLeast<kSigned>); }
+
+template <bool kSigned, class V, class U>
+HTA_INLINE U encoded(V x, float factor, U noise) {
+  const V size = from_bits<V>(bits_of(x) & 0x7fffffffu), y = size * factor + kLeast<kSigned>;
+  const U code = (bits_of(y < kTop ? y : V{} + kTop) + (noise & ((1u << kCodeShift) - 1)) - bits_of(kLeast<kSigned>)) >> kCodeShift;
+  if constexpr (kSigned) return (x < 0.f ? U{} - code : code) & 0xffu;
+  else return (x > 0.f) & (code == 0u) ? U{} + 1u : code;  // what is above 0 stays so, since a root of it divides
+}
+
+// code: its sign extended.
+template <bool kSigned, class V, class U>
+HTA_INLINE V decoded(U code, float factor) {
+  const U negative = kSigned ? code & 0x80000000u : U{}, size = kSigned ? (negative != 0u ? U{} - code : code) : code;
+  const V x = (from_bits<V>((size << kCodeShift) + bits_of(kLeast<kSigned>)) - kLeast<kSigned>) * factor;
+  return from_bits<V>(bits_of(x) | negative);
+}
+
+// A row, and what goes with it: its corrections or its scales, or null.
+struct Row {
+  Format format;
+  void* data;
+  void* more;
+};
 
 }  // namespace hta

@@ -1,6 +1,6 @@
 // The CPU kernels: picks the instruction set once, shares the work out, and sums in a fixed order.
 //
-// walk.h is compiled once per instruction set, into a namespace each, so that one library serves any x86-64. All of
+// walk.h and packed.h are compiled once per instruction set, into a namespace each, so that one library serves any x86-64. All of
 // them do the same operations on each element; only the order inside the sums follows the register's width.
 #include <torch/csrc/stable/ops.h>
 
@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -37,6 +38,7 @@ constexpr int64_t kBlock = 16;  // tiles: 64 KiB of each buffer. Shorter runs th
 #define HTA_BYTES 16
 #define HTA_SHUFFLES 0
 #include "walk.h"
+#include "packed.h"
 #undef HTA_ISA
 #undef HTA_BYTES
 #undef HTA_SHUFFLES
@@ -54,6 +56,7 @@ constexpr int64_t kBlock = 16;  // tiles: 64 KiB of each buffer. Shorter runs th
 #define HTA_ISA avx2
 #define HTA_BYTES 32
 #include "walk.h"
+#include "packed.h"
 #undef HTA_ISA
 #undef HTA_BYTES
 #if defined(__clang__)
@@ -67,6 +70,7 @@ constexpr int64_t kBlock = 16;  // tiles: 64 KiB of each buffer. Shorter runs th
 #define HTA_ISA avx512
 #define HTA_BYTES 64
 #include "walk.h"
+#include "packed.h"
 #undef HTA_ISA
 #undef HTA_BYTES
 #if defined(__clang__)
@@ -137,6 +141,13 @@ auto step_loop(const StepArgs<T>& args) {
   return HTA_PICK(step_range<P, kStates, false, T>);
 }
 
+template <class T>
+auto step_loop(const StepArgs<T>& args) {
+  return args.proposal == kAdamW ? step_loop<AdamW, true>(args)
+         : args.states[0]        ? step_loop<Sgd, true>(args)
+                                 : step_loop<Sgd, false>(args);
+}
+
 }  // namespace
 
 const char* instruction_set() {
@@ -145,10 +156,17 @@ const char* instruction_set() {
 
 template <class T>
 void step(const StepArgs<T>& args, double sums[3]) {
-  const auto loop = args.proposal == kAdamW ? step_loop<AdamW, true>(args)
-                    : args.states[0]        ? step_loop<Sgd, true>(args)
-                                            : step_loop<Sgd, false>(args);
+  const auto loop = step_loop(args);
   over_chunks(args.n, sums, [&](int64_t begin, int64_t end, double* partial) { loop(args, begin, end, partial); });
+}
+
+template <>
+void step<Packed>(const StepArgs<Packed>& args, double sums[3]) {
+  StepArgs<float> plain;  // of the same fields; which loop it is depends on no pointer's type
+  std::memcpy(&plain, &args, sizeof(plain));
+  const auto loop = step_loop(plain);
+  const auto range = HTA_PICK(packed_range);
+  over_chunks(args.n, sums, [&](int64_t begin, int64_t end, double* partial) { range(args, loop, begin, end, partial); });
 }
 
 template <class T>
@@ -165,6 +183,16 @@ bool all_finite(const StepArgs<T>& args) {
   double sums[3];
   over_chunks(args.n, sums, [&](int64_t begin, int64_t end, double* partial) {
     for (int32_t j = 0; j < args.m; ++j) *partial += loop(args.grads[j], begin, end);
+  });
+  return sums[0] == 0;
+}
+
+template <>
+bool all_finite<Packed>(const StepArgs<Packed>& args) {
+  const auto range = HTA_PICK(packed_poison);
+  double sums[3];
+  over_chunks(args.n, sums, [&](int64_t begin, int64_t end, double* partial) {
+    for (int32_t j = 0; j < args.m; ++j) *partial += range(grad_row(args, j), begin, end);
   });
   return sums[0] == 0;
 }

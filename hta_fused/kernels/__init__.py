@@ -33,13 +33,14 @@ _PATTERN = "Tensor? codes, Tensor? labels, Tensor? seed, Tensor rules"
 _SCHEMAS = {
     "step_": "(Tensor(a!)[] copies, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] low, Tensor? anchor, "
     f"Tensor(d!)? centre, Tensor(e!)? sums, {_PATTERN}, Tensor? grad_scale, Tensor? found_inf, Tensor(f!) stats, "
-    "int proposal, bool explicit_mode, bool skip_nonfinite, int phase) -> ()",
+    "int proposal, bool explicit_mode, bool skip_nonfinite, int phase, Tensor(g!)[] corrections, Tensor(h!)[] scales, "
+    "Tensor? noise) -> ()",
     "penalty": f"(Tensor[] copies, Tensor? anchor, {_PATTERN}) -> (Tensor, Tensor)",
     "penalty_accumulate_": f"(Tensor(a!)[] grads, Tensor[] copies, Tensor? anchor, {_PATTERN}) -> Tensor",
     "batch_": "(Tensor(a!) out, Tensor(b!) out_labels, Tensor images, Tensor labels, Tensor order, Tensor offsets, "
     "Tensor mirrored, Tensor scale, Tensor shift, Tensor position, int padding) -> ()",
 }
-_WRITTEN = {"step_": (0, 2, 3, 5, 6, 13), "penalty_accumulate_": (0,), "batch_": (0, 1)}
+_WRITTEN = {"step_": (0, 2, 3, 5, 6, 13, 18, 19), "penalty_accumulate_": (0,), "batch_": (0, 1)}
 
 
 def _fake_penalty(copies, anchor, codes, labels, seed, rules):

@@ -1,7 +1,7 @@
 """The ops in plain PyTorch: the specification that every kernel is tested against, and the fallback without one.
 
 Any dtype, any device, no speed. Same arguments as the ops, whose schemas stand in kernels/__init__.py; the public
-functions in ops.py check them. The equations are those of csrc/arithmetic.h. Imports torch only.
+functions in ops.py check them. The equations are those of csrc/arithmetic.h. Imports formats.py.
 """
 
 import numpy as np
@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .formats import TILE, noise_of, packed, random_bits, unpack
+
 LOW = (torch.float16, torch.bfloat16)  # kernels compute in float32 on them
 DTYPES = (torch.float32, torch.float64, *LOW)
 MAX_COPIES = 32  # csrc/arithmetic.h's kMaxCopies
-TILE = 1024  # elements that share one code, as csrc/arithmetic.h's kTile
 HASHED = 1 << 20  # the label of a tile whose elements draw theirs by hash, as csrc/args.h's kHashed
 NUMBERS, RULE = 8, 5  # what a proposal is given, and what a label gives each copy: read, keep, share, pull, anchored
 PROPOSE, SHARE = 1, 2  # the phases of a step
@@ -41,36 +42,9 @@ def rows_of(tensors: list[Tensor]) -> list[Tensor]:
 
 # ------------------------------------------------------------------------------------------------------------- labels
 
-_MASK = 0xFFFFFFFF
-
-
-def _signed(x: int) -> int:
-    x &= 2**64 - 1
-    return x - 2**64 if x >= 2**63 else x
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """A logical shift to the right of int64s."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
-
-
-def _mix64(x: Tensor) -> Tensor:
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
-
-
 def hashed_labels(seed: Tensor, tiles: int, copies: int) -> Tensor:
     """What the hash of (seed, element) gives every element of so many tiles: int64 [tiles, TILE] of 1 … copies."""
-    key = _mix64(_mix64(seed.reshape(1)) ^ torch.arange(tiles, device=seed.device))[:, None]
-    x = torch.arange(TILE, device=seed.device) ^ (key & _MASK)
-    x = x ^ (x >> 16)
-    x = x * 0x85EBCA6B & _MASK
-    x = x ^ (x >> 13) ^ _shift(key, 32)
-    x = x * 0xC2B2AE35 & _MASK
-    x = x ^ (x >> 16)
-    return ((x >> 16) * copies >> 16) + 1
+    return ((random_bits(seed, tiles) >> 16) * copies >> 16) + 1
 
 
 def expand(
@@ -123,10 +97,11 @@ PROPOSALS = (sgd, adamw)  # by their numbers in csrc/args.h
 
 
 def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed, rules, grad_scale, found_inf, stats,
-          proposal: int, explicit_mode: bool, skip_nonfinite: bool, phase: int) -> None:  # fmt: skip
+          proposal: int, explicit_mode: bool, skip_nonfinite: bool, phase: int, corrections=(), scales=(), noise=None) -> None:  # fmt: skip
     """One step of all copies: propose, sum, share."""
-    copies, grads, states, low = map(rows_of, (copies, grads, states, low))
+    copies, grads, states, low, corrections, scales = map(rows_of, (copies, grads, states, low, corrections, scales))
     m, n, work = len(copies), copies[0].numel(), arithmetic(copies[0].dtype)
+    corrections, scales = corrections or [None] * m, scales or [None] * len(states)
     finite = torch.stack(
         [torch.ones((), dtype=torch.bool, device=stats.device), *(g.isfinite().all() for g in grads)]
     ).all()
@@ -139,9 +114,15 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
     number = rules[:, :NUMBERS][group].unbind(-1)
     # For copy j, and for the centre as the last: read, keep, share, pull, anchored of each element.
     rule = rules[:, NUMBERS:].view(-1, blocks + 1, m + 1, RULE)[group, label].permute(1, 2, 0)
-    x = [copy.to(work) for copy in copies]
+    x = [unpack(copy, more) for copy, more in zip(copies, corrections, strict=True)]
     z = torch.zeros((), dtype=work, device=stats.device) if anchor is None else anchor.to(work)
     written: list[tuple[Tensor, Tensor]] = []
+
+    def write(values: Tensor, row: Tensor, more: Tensor | None = None, number: int | None = None, square: bool = False) -> None:
+        """Notes what a row is to hold. number: of the row, whose values are rounded at random."""
+        bits = None if noise is None or number is None else noise_of(noise, number, n)
+        wanted = packed(values.expand(n), row, more, bits, square)
+        written.extend(zip([row] if more is None else [row, more], wanted, strict=True))
 
     if phase & PROPOSE:
         scale = number[0] if grad_scale is None else (1.0 / grad_scale.double()).to(work) * number[0]
@@ -151,10 +132,12 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
             g = [a + b for a, b in zip(g, quadratic, strict=True)]
         proposals = []
         for j in range(m):
-            buffers = states[j::m]
-            a, new = PROPOSALS[proposal](x[j], g[j], [b.to(work) for b in buffers], number)
+            rows = range(j, len(states), m)
+            old = [unpack(states[i], scales[i], i >= m) for i in rows]
+            a, new = PROPOSALS[proposal](x[j], g[j], old, number)
             proposals.append(a)
-            written += zip(buffers, new, strict=True)
+            for i, values in zip(rows, new, strict=True):
+                write(values, states[i], scales[i], m + i, i >= m)
         if not explicit_mode:
             s = sum(rule[i, 0] * proposals[i] for i in range(m))
         if sums is not None:
@@ -166,8 +149,10 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
         if not explicit_mode:
             x = [rule[j, 1] * x[j] + rule[j, 2] * s + rule[j, 3] * z for j in range(m)]
         if centre is not None:
-            written.append((centre, rule[m, 1] * centre.to(work) + rule[m, 2] * s + rule[m, 3] * z))
-    written += [*zip(copies, x, strict=True), *zip(low, x, strict=bool(low))]
+            write(rule[m, 1] * centre.to(work) + rule[m, 2] * s + rule[m, 3] * z, centre, None, 3 * m)
+    for values, row, more in zip(x, copies, corrections, strict=True):
+        write(values, row, more)
+    written += zip(low, x, strict=bool(low))
     squares = torch.stack([((x[j] - z).double().square() * rule[j, 4]).sum() for j in range(m)]).sum()
     for was, now in written:
         was.copy_(torch.where(skip, was, now.to(was.dtype)))

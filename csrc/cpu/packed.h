@@ -1,0 +1,244 @@
+// The CPU's step over buffers in formats of their own: a tile at a time they are unpacked into the cache, stepped there by
+// walk.h, and packed again. Included by kernels.cpp after walk.h, once per instruction set.
+namespace hta::cpu::HTA_ISA {
+
+// kCount codes as words, and back; a signed type's sign is extended.
+template <class U, class Code> HTA_INLINE U load_codes(const Code* p) {
+  if constexpr (sizeof(U) == 4) return U(*p);
+#if HTA_BYTES == 32  // where GCC 12 would move them one by one
+  else if constexpr (sizeof(Code) == 2) return U(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  else if constexpr (Code(-1) < 0) return U(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  else return U(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  else {
+    typedef Code Codes __attribute__((vector_size(Lanes<float>::kCount * sizeof(Code)), aligned(1), may_alias));
+    return __builtin_convertvector(*reinterpret_cast<const Codes*>(p), U);
+  }
+#endif
+}
+
+template <class U, class Code> HTA_INLINE void store_codes(Code* p, U words) {  // below 2^16 or 2^8
+  if constexpr (sizeof(U) == 4) *p = Code(words);
+#if HTA_BYTES == 32
+  else {
+    const __m256i w = __m256i(words);
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
+    if constexpr (sizeof(Code) == 2) _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
+    else _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+  }
+#else
+  else {
+    typedef Code Codes __attribute__((vector_size(Lanes<float>::kCount * sizeof(Code)), aligned(1), may_alias));
+    *reinterpret_cast<Codes*>(p) = __builtin_convertvector(words, Codes);
+  }
+#endif
+}
+
+template <class Code> HTA_INLINE const Code* at(const Row& row, int64_t start) { return static_cast<const Code*>(row.data) + start; }
+template <class Code> HTA_INLINE Code* at(Row& row, int64_t start) { return static_cast<Code*>(row.data) + start; }
+
+// The next tile's bytes, while this one is worked on.
+HTA_INLINE void prefetch_tile(const void* of_this, int64_t size) {
+  const char* const next = static_cast<const char*>(of_this) + kTile * size;
+  for (int64_t i = 0; i < kTile * size; i += 64) __builtin_prefetch(next + i);
+}
+
+// [start, start + count) of a row as float32. `start` is a multiple of kScaled.
+inline void unpack(const Row& row, int64_t start, int64_t count, float* out) {
+  const auto* const corrections = static_cast<const int8_t*>(row.more) + start;
+  const auto* const scales = static_cast<const float*>(row.more) + start / kScaled;
+  const auto all = [&](const auto* codes, int64_t from, int64_t upto, const auto& value) __attribute__((always_inline)) {
+    each<float>(upto - from, [&](auto lanes, int64_t k) __attribute__((always_inline)) {
+      using V = decltype(lanes);
+      const int64_t i = from + k;
+      store(out + i, V(value(lanes, load_codes<typename Words<V>::U>(codes + i), i)));
+    });
+  };
+  const auto decode = [&](const auto* codes, auto is_signed) __attribute__((always_inline)) {
+    prefetch_tile(codes, 1);
+    for (int64_t from = 0; from < count; from += kScaled) {
+      const float factor = from_codes<is_signed.value>(scales[from / kScaled]);
+      all(codes, from, std::min(from + kScaled, count), [&](auto v, auto code, int64_t) __attribute__((always_inline)) {
+        return decoded<is_signed.value, decltype(v)>(code, factor);
+      });
+    }
+  };
+  switch (row.format) {
+    case kBFloat16:
+      prefetch_tile(at<uint16_t>(row, start), 2);
+      return all(at<uint16_t>(row, start), 0, count, [](auto v, auto code, int64_t) __attribute__((always_inline)) {
+        return from_bits<decltype(v)>(code << 16);
+      });
+    case kSplitBFloat16:
+      prefetch_tile(at<uint16_t>(row, start), 2);
+      prefetch_tile(corrections, 1);
+      return all(at<uint16_t>(row, start), 0, count, [&](auto v, auto code, int64_t i) __attribute__((always_inline)) {
+        return join_bfloat16<decltype(v)>(code, load_codes<decltype(code)>(corrections + i));
+      });
+    case kSigned8: return decode(at<int8_t>(row, start), std::true_type{});
+    case kUnsigned8: return decode(at<uint8_t>(row, start), std::false_type{});
+    case kHalf:
+      for (int64_t i = 0; i < count; ++i) out[i] = widen(at<Half>(row, start)[i]);
+      return;
+    case kSplitHalf:
+      for (int64_t i = 0; i < count; ++i) out[i] = join_half(at<Half>(row, start)[i], corrections[i]);
+      return;
+    case kFloat32:
+      std::copy(at<float>(row, start), at<float>(row, start) + count, out);
+  }
+}
+
+// The largest magnitude of up to kScaled elements; NaN counts as larger than all.
+HTA_INLINE float largest(const float* x, int64_t count) {
+  using V = Lanes<float>::V;
+  using U = Words<V>::U;
+  U most{};
+  uint32_t rest = 0;
+  each<float>(count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+    const auto bits = bits_of(load<decltype(lanes)>(x + i)) & 0x7fffffffu;
+    if constexpr (sizeof(bits) == 4) rest = std::max<uint32_t>(rest, bits);
+    else most = bits > most ? bits : most;
+  });
+  for (int lane = 0; lane < Lanes<float>::kCount; ++lane) rest = std::max<uint32_t>(rest, most[lane]);
+  return from_bits<float>(rest);
+}
+
+// The inverse of `unpack`. noise: random bits of each element, or null, where a kBFloat16 is rounded to nearest; `of_row`
+// is theirs to be changed by.
+inline void pack(Row row, int64_t start, int64_t count, const float* in, const uint32_t* noise, uint32_t of_row) {
+  auto* const corrections = static_cast<int8_t*>(row.more) + start;
+  auto* const scales = static_cast<float*>(row.more) + start / kScaled;
+  const auto all = [&](auto* codes, int64_t from, int64_t upto, const auto& code) __attribute__((always_inline)) {
+    each<float>(upto - from, [&](auto lanes, int64_t k) __attribute__((always_inline)) {
+      const int64_t i = from + k;
+      store_codes(codes + i, code(load<decltype(lanes)>(in + i), i));
+    });
+  };
+  const auto bits = [&](auto x, int64_t i) __attribute__((always_inline)) {
+    using V = decltype(x);
+    return bits_of(load<V>(reinterpret_cast<const float*>(noise) + i)) ^ of_row;
+  };
+  const auto encode = [&](auto* codes, auto is_signed) __attribute__((always_inline)) {
+    for (int64_t from = 0; from < count; from += kScaled) {
+      const int64_t upto = std::min(from + kScaled, count);
+      const float scale = scales[from / kScaled] = largest(in + from, upto - from), factor = to_codes<is_signed.value>(scale);
+      all(codes, from, upto, [&](auto x, int64_t i) __attribute__((always_inline)) {
+        return encoded<is_signed.value>(x, factor, bits(x, i));
+      });
+    }
+  };
+  switch (row.format) {
+    case kBFloat16:
+      if (noise)
+        return all(at<uint16_t>(row, start), 0, count, [&](auto x, int64_t i) __attribute__((always_inline)) {
+          return random_bfloat16(x, bits(x, i));
+        });
+      return all(at<uint16_t>(row, start), 0, count,
+                 [](auto x, int64_t) __attribute__((always_inline)) { return nearest_bfloat16(x); });
+    case kSplitBFloat16:
+      return all(at<uint16_t>(row, start), 0, count, [&](auto x, int64_t i) __attribute__((always_inline)) {
+        typename Words<decltype(x)>::U low, correction;
+        split_bfloat16(x, low, correction);
+        store_codes(corrections + i, correction);
+        return low;
+      });
+    case kSigned8: return encode(at<int8_t>(row, start), std::true_type{});
+    case kUnsigned8: return encode(at<uint8_t>(row, start), std::false_type{});
+    case kHalf:
+      for (int64_t i = 0; i < count; ++i) at<Half>(row, start)[i] = narrow<Half>(in[i]);
+      return;
+    case kSplitHalf:
+      for (int64_t i = 0; i < count; ++i) {
+        uint32_t correction;
+        split_half(in[i], at<Half>(row, start)[i], correction);
+        corrections[i] = int8_t(correction);
+      }
+      return;
+    case kFloat32:
+      std::copy(in, in + count, at<float>(row, start));
+  }
+}
+
+// Rows of a tile each, which lie apart so that stores to one do not look like loads from another.
+class Room {
+ public:
+  float* row() {
+    if (rows_.size() < ++used_) rows_.push_back(std::make_unique<Apart>());
+    return rows_[used_ - 1]->of;
+  }
+  void clear() { used_ = 0; }
+
+ private:
+  struct Apart { alignas(64) float of[kTile + 48]; };
+  std::vector<std::unique_ptr<Apart>> rows_;
+  size_t used_ = 0;
+};
+
+using Loop = void (*)(const StepArgs<float>&, int64_t, int64_t, double[3]);
+
+inline void packed_range(const StepArgs<Packed>& args, Loop loop, int64_t begin, int64_t end, double sums[3]) {
+  static thread_local Room room;
+  alignas(64) uint32_t noise[kTile];
+  StepArgs<float> plain;
+  static_assert(sizeof(plain) == sizeof(args));
+  __builtin_memcpy(&plain, &args, sizeof(args));
+  const bool proposes = args.phase & kPropose, shares = args.phase & kShare;
+  const int32_t buffers = !proposes || !args.states[0] ? 0 : args.proposal == kAdamW ? 2 : 1;
+  for (int32_t j = 0; j < args.m; ++j) plain.low[j] = nullptr;
+  sums[0] = sums[1] = sums[2] = 0;
+  for (int64_t start = begin; start < end; start += kTile) {
+    const int64_t count = std::min(kTile, end - start), tile = start / kTile;
+    room.clear();
+    // Where walk.h finds a row's tile: where it is, or unpacked.
+    const auto opened = [&](const Row& row) {
+      if (row.format == kFloat32) return static_cast<float*>(row.data);
+      float* const to = room.row();
+      unpack(row, start, count, to);
+      return to - start;
+    };
+    for (int32_t j = 0; j < args.m; ++j) {
+      plain.copies[j] = opened(copy_row(args, j));
+      if (proposes) plain.grads[j] = opened(grad_row(args, j));
+      for (int32_t b = 0; b < buffers; ++b) plain.states[b * args.m + j] = opened(state_row(args, b, j));
+    }
+    if (args.anchor) plain.anchor = opened(anchor_row(args, args.anchor));
+    if (args.centre)
+      plain.centre = args.centre == args.anchor ? const_cast<float*>(plain.anchor) : opened(anchor_row(args, args.centre));
+    double of_tile[3];
+    loop(plain, start, start + count, of_tile);
+    for (int s = 0; s < 3; ++s) sums[s] += of_tile[s];
+    const auto closed = [&](const Row& row, const float* from) {
+      if (row.format != kFloat32) pack(row, start, count, from + start, nullptr, 0);
+    };
+    const auto closed_at_random = [&](const Row& row, const float* from, int32_t number) {
+      if (row.format != kFloat32)
+        pack(row, start, count, from + start, args.noise ? noise : nullptr, args.noise ? row_noise(*args.noise, number, tile) : 0);
+    };
+    if (args.noise) {
+      const HashKeys keys = hash_keys(*args.noise, tile);
+      for (uint32_t i = 0; i < kTile; ++i) noise[i] = random_bits(keys, i);
+    }
+    for (int32_t j = 0; j < args.m; ++j) {
+      closed(copy_row(args, j), plain.copies[j]);
+      if (args.low[j]) closed(low_row(args, j), plain.copies[j]);
+      for (int32_t b = 0; b < buffers; ++b)
+        closed_at_random(state_row(args, b, j), plain.states[b * args.m + j], (1 + b) * args.m + j);
+    }
+    if (args.centre && shares) closed_at_random(anchor_row(args, args.centre), plain.centre, 3 * args.m);
+  }
+}
+
+// NaN if any of [begin, end) of a row is not finite, else 0.
+inline double packed_poison(const Row& row, int64_t begin, int64_t end) {
+  if (row.format == kFloat32) return poison_range(static_cast<const float*>(row.data), begin, end);
+  double poison = 0;
+  float tile[kTile];
+  for (int64_t start = begin; start < end; start += kTile) {
+    const int64_t count = std::min(kTile, end - start);
+    unpack(row, start, count, tile);
+    poison += poison_range(tile, 0, count);
+  }
+  return poison;
+}
+
+}  // namespace hta::cpu::HTA_ISA
