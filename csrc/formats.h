@@ -117,8 +117,9 @@ HTA_INLINE float correction_unit(float low) {
 HTA_INLINE void split_half(float x, Half& low, uint32_t& correction) {
   low = narrow<Half>(x);
   const float wide = widen(low), parts = (x - wide) / correction_unit(wide);
-  const float rounded = parts < 127 ? parts < 0 ? parts - 0.5f : parts + 0.5f : 127;  // not where NaN, nor infinite
-  correction = x - x == 0 && wide - wide == 0 ? uint32_t(int32_t(rounded)) & 0xffu : 0;
+  const float rounded = parts < 0 ? parts - 0.5f : parts + 0.5f;  // within 127: halfway there would be two ways to say it
+  const float within = rounded < 127 ? rounded > -127 ? rounded : -127 : 127;
+  correction = x - x == 0 && wide - wide == 0 ? uint32_t(int32_t(within)) & 0xffu : 0;
 }
 
 HTA_INLINE float join_half(Half low, int32_t correction) {
@@ -136,7 +137,6 @@ template <bool kSigned> constexpr float kLeast = kSigned ? 0x1p-8f : 0x1p-16f;
 template <bool kSigned> HTA_INLINE float to_codes(float scale) {  // what magnitudes are multiplied by
   return scale >= 0x1p-126f ? (kTop - kLeast<kSigned>) / scale : 0;
 }
-template <bool kSigned> HTA_INLINE float from_codes(float scale) { return scale / (kTop - kLeast<kSigned>); }
 
 template <bool kSigned, class V, class U>
 HTA_INLINE U encoded(V x, float factor, U noise) {
@@ -148,9 +148,10 @@ HTA_INLINE U encoded(V x, float factor, U noise) {
 
 // code: its sign extended.
 template <bool kSigned, class V, class U>
-HTA_INLINE V decoded(U code, float factor) {
+HTA_INLINE V decoded(U code, float scale) {
   const U negative = kSigned ? code & 0x80000000u : U{}, size = kSigned ? (negative != 0u ? U{} - code : code) : code;
-  const V x = (from_bits<V>((size << kCodeShift) + bits_of(kLeast<kSigned>)) - kLeast<kSigned>) * factor;
+  constexpr float kWhole = 1 / (kTop - kLeast<kSigned>);  // such that the scale comes back to the bit
+  const V x = (from_bits<V>((size << kCodeShift) + bits_of(kLeast<kSigned>)) - kLeast<kSigned>) * kWhole * scale;
   return from_bits<V>(bits_of(x) | negative);
 }
 

@@ -57,9 +57,9 @@ inline void unpack(const Row& row, int64_t start, int64_t count, float* out) {
   const auto decode = [&](const auto* codes, auto is_signed) __attribute__((always_inline)) {
     prefetch_tile(codes, 1);
     for (int64_t from = 0; from < count; from += kScaled) {
-      const float factor = from_codes<is_signed.value>(scales[from / kScaled]);
+      const float scale = scales[from / kScaled];
       all(codes, from, std::min(from + kScaled, count), [&](auto v, auto code, int64_t) __attribute__((always_inline)) {
-        return decoded<is_signed.value, decltype(v)>(code, factor);
+        return decoded<is_signed.value, decltype(v)>(code, scale);
       });
     }
   };

@@ -85,7 +85,8 @@ def unpack(row: Tensor, more: Tensor | None = None, square: bool = False) -> Ten
     least = _LEAST[square]
     code = row.int() if square else row.view(torch.int8).int()
     sizes = ((code.abs() << 19) + _bits(least)).view(torch.float32) - least
-    x = sizes * _spread(more / (_TOP - least), len(row))
+    whole = float(torch.tensor(1, dtype=torch.float32, device="cpu") / (_TOP - least))
+    x = sizes * whole * _spread(more, len(row))
     return x if square else torch.where(code < 0, -x, x)
 
 
@@ -125,7 +126,7 @@ def _split_half(x: Tensor) -> tuple[Tensor, Tensor]:
     low = x.half()
     wide = low.float()
     parts = (x - wide) / _correction_unit(wide)
-    rounded = (parts + torch.where(parts < 0, -0.5, 0.5)).clamp(max=127).trunc()
+    rounded = (parts + torch.where(parts < 0, -0.5, 0.5)).clamp(-127, 127).trunc()
     correction = torch.where(x.isfinite() & wide.isfinite(), rounded, torch.zeros_like(rounded))
     return low, correction.to(torch.int8)
 
