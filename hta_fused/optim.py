@@ -100,7 +100,7 @@ class CoupledOptimizer(FlatState):
             raise ValueError(f"state_format must be 'full' where each process holds one copy, got {state_format!r}")
         self.state_format = state_format
         self._format = STATE_FORMATS[state_format]
-        self._rounds = self._format is not None or replicas.anchor_format != "full"  # at random
+        self._rounds = (self._format, replicas.anchor_format, replicas.master_format) != (None, "full", "full")  # at random
         self._replicas = replicas
         self.skip_nonfinite = skip_nonfinite
         self.capturable = capturable

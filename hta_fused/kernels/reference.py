@@ -150,8 +150,8 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
             x = [rule[j, 1] * x[j] + rule[j, 2] * s + rule[j, 3] * z for j in range(m)]
         if centre is not None:
             write(rule[m, 1] * centre.to(work) + rule[m, 2] * s + rule[m, 3] * z, centre, None, 3 * m)
-    for values, row, more in zip(x, copies, corrections, strict=True):
-        write(values, row, more)
+    for j, values in enumerate(x):
+        write(values, copies[j], corrections[j], j)
     written += zip(low, x, strict=bool(low))
     squares = torch.stack([((x[j] - z).double().square() * rule[j, 4]).sum() for j in range(m)]).sum()
     for was, now in written:
