@@ -1,6 +1,7 @@
-"""Whether this machine can do what the settings ask. Knows the networks' sizes; imports settings.py and vgg.py."""
+"""Whether this machine can do what the settings ask, and what it is fastest in. Knows the networks' sizes; imports settings.py and vgg.py."""
 
 import os
+from typing import Literal
 
 import torch
 
@@ -45,6 +46,15 @@ def check(settings: Settings, processes: int | None = None) -> None:
             f"width must leave a network that fits in memory, got {settings.width:g}: {settings.model} has {count:.3g} "
             f"parameters and needs over {needed / 2**30:.3g} GiB, where {there / 2**30:.3g} GiB are"
         )
+
+
+def fastest_precision() -> Literal["fp32", "bf16"]:
+    """In which networks train faster on this processor: bfloat16 where it multiplies in it, else float32, several times.
+
+    A torch that cannot say what the processor can counts as one that cannot.
+    """
+    can = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
 
 
 def memory(settings: Settings, copies: int | None = None) -> int:
