@@ -143,6 +143,7 @@ class StepAcross:
     def __init__(self, processes: Processes):
         self.processes = processes
         self._sums: Tensor | None = None
+        self._groups: tuple[Tensor, int, Tensor] | None = None  # codes, their version, and these without labels
 
     def take(self, rules: Tensor, explicit: bool) -> None:
         """Takes the rules of all copies, [groups, width] on the CPU, as csrc/args.h has them.
@@ -153,7 +154,6 @@ class StepAcross:
         m = self.processes.size
         rule = rules[:, NUMBERS:].view(len(rules), m + 1, m + 1, RULE)
         self.meets = bool((rule[..., 2] != 0).any())  # some copy, or the centre, has a share in the sum
-        self.digest = zlib.crc32(rules.numpy().tobytes())
         self.explicit = explicit
         if explicit and self.meets and (rule != rule[:1]).any():
             raise ValueError("an explicit coupling across processes must be the same in all param_groups, got several")
@@ -172,15 +172,20 @@ class StepAcross:
             self._own[:, NUMBERS:].view(len(rules), -1, RULE)[..., :4] = torch.tensor([0.0, 1.0, 0.0, 0.0])
         self._there: Tensor | None = None  # on the copy's device
 
+    @property
+    def digest(self) -> int:
+        """Of the rules, which all processes must share."""
+        return zlib.crc32(self._all.numpy().tobytes())
+
     def __call__(
         self, params: Tensor, grads: Tensor, states: Sequence[Tensor], low: Tensor | None, anchor: Tensor | None,
         moves_anchor: bool, codes: Tensor, labels: Tensor | None, seed: Tensor | None, grad_scale: Tensor | None,
-        found_inf: Tensor, stats: Tensor, kernel: int,
+        found_inf: Tensor | None, skip_nonfinite: bool, stats: Tensor, kernel: int,
     ) -> None:  # fmt: skip
         """The step of this process's copy, [N] buffers; the other arguments are the step op's. `stats`: of this copy, with no
-        distances between copies, and the skipped step counted."""
+        distances between copies, and the skipped step counted. Where copies meet, found_inf says whether all skip."""
         gathers, labels_matter = self._gathers, not self._alike
-        patterns = (codes, labels, seed) if labels_matter else (codes * codes.new_tensor([1, 0]), None, None)
+        patterns = (codes, labels, seed) if labels_matter else (self._groups_of(codes), None, None)
         given, low_rows, centre_sum = grads, low, None
         if gathers:
             given, centre_sum = self._explicit_grads(
@@ -199,7 +204,7 @@ class StepAcross:
                 [] if low_rows is None else [low_rows[part]], None if anchor is None else anchor[part],
                 anchor[part] if anchor is not None and moves_anchor and shares and not gathers else None, sums,
                 patterns[0][tiles], *patterns[1:], rules, grad_scale, found_inf, stats, kernel,
-                self.explicit and not gathers, False, phase,
+                self.explicit and not gathers, skip_nonfinite, phase,
             )  # fmt: skip
 
         if not self.meets or gathers:
@@ -208,10 +213,17 @@ class StepAcross:
             self._in_pieces(params, seed if labels_matter else None, stats, run)
         if gathers and low is not None:
             low.copy_(params)
-        if gathers and moves_anchor and anchor is not None and centre_sum is not None:
+        if gathers and moves_anchor and anchor is not None and centre_sum is not None and found_inf is not None:
             _, keep, share, pull, _ = self._all[0, NUMBERS:].view(self.processes.size + 1, -1, RULE)[0, -1].tolist()
             moved = keep * anchor + share * centre_sum + pull * anchor
             anchor.copy_(torch.where(found_inf.reshape(()) != 0, anchor, moved))
+
+    def _groups_of(self, codes: Tensor) -> Tensor:
+        """The tiles' codes without their labels."""
+        known = self._groups
+        if known is None or known[0] is not codes or known[1] != codes._version:
+            known = self._groups = codes, codes._version, codes * codes.new_tensor([1, 0])
+        return known[2]
 
     def _in_pieces(self, params: Tensor, seed: Tensor | None, stats: Tensor, run: Any) -> None:
         """The first piece is on its way while others are proposed, and shared while others are on theirs."""

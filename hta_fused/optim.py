@@ -303,17 +303,19 @@ class CoupledOptimizer(FlatState):
     def _step_across(self, across: StepAcross, grad_scale: Tensor | None) -> None:
         """This process's copy and those of others."""
         replicas, partition, low = self.replicas, self.replicas.partition, self.replicas.low
-        stats = torch.zeros_like(self._stats)
+        # Where copies meet all of them must know whether one skips; by itself this one's kernel looks, in the same pass.
+        found_inf = self._skips(True) if across.meets else getattr(self, "found_inf", None)
+        stats = torch.zeros_like(self._stats) if across.meets else self._stats
         across(
             replicas.params[0], replicas.grads[0], [buffer[0] for buffer in self._state_rows], None if low is None else low[0],
             replicas.anchor, self._moves_anchor, self._codes, partition.labels, partition.seed, grad_scale,
-            self._skips(across.meets), stats, self.proposal.kernel,
+            found_inf, self.skip_nonfinite and found_inf is None, stats, self.proposal.kernel,
         )  # fmt: skip
         torch.autograd.graph.increment_version(self._mutated)
-        skipped = stats[3] > 0
-        self._stats[0] = torch.where(skipped, self._stats[0], stats[0])
-        self._stats[2] = stats[2]
-        self._stats[3] += stats[3]
+        if across.meets:
+            self._stats[0] = torch.where(stats[3] > 0, self._stats[0], stats[0])
+            self._stats[2] = stats[2]
+            self._stats[3] += stats[3]
 
     def _skips(self, together: bool) -> Tensor:
         """One float, not 0 where the step is to be skipped; `together`: as soon as one process of a group is to skip it.

@@ -442,6 +442,39 @@ def test_a_state_of_all_copies_loads_into_their_processes():
         assert all("state_dict must hold copy" in message for message in messages)
 
 
+def begun_anew(rank, size, state, steps):
+    """A merged network, and as many copies of it as there are processes."""
+    net = seeded(Smooth)
+    net.load_state_dict(state)
+    replicas = hta.Replicas(net, group=dist.group.WORLD)
+    optimizer = hta.CoupledOptimizer(replicas, PROPOSALS["SGD"], COUPLINGS["Homotopy"])
+    x, y = data(steps, size)
+    for step in range(steps):
+        optimizer.zero_grad()
+        replicas.backward(loss, (x[step, rank], y[step, rank]))
+        optimizer.step()
+    return replicas.params[0].clone(), replicas.merge().state_dict()
+
+
+def test_merged_first_another_number_of_processes_goes_on():
+    """Three go on with what two have merged, and one process with what three have."""
+    (_, merged), _ = run(begun_anew, 2, seeded(Smooth).state_dict(), 5)
+    three = run(begun_anew, 3, merged, 5)
+    net = seeded(Smooth)
+    net.load_state_dict(merged)
+    whole = hta.Replicas(net, 3)
+    optimizer = hta.CoupledOptimizer(whole, PROPOSALS["SGD"], COUPLINGS["Homotopy"])
+    x, y = data(5, 3)
+    for step in range(5):
+        optimizer.zero_grad()
+        whole.backward(loss, *zip(x[step], y[step], strict=True))
+        optimizer.step()
+    for params, wanted in zip(three, whole.params, strict=True):
+        assert float((params[0] - wanted).norm()) < 1e-6 * float(wanted.norm())
+    for name, value in whole.merge().state_dict().items():
+        torch.testing.assert_close(three[0][1][name], value, rtol=1e-5, atol=1e-7)
+
+
 def test_each_process_resumes_from_its_own_state():
     for one, other in zip(run(resumed, 2, True), run(resumed, 2, False), strict=True):
         assert torch.equal(one, other)

@@ -19,7 +19,8 @@ import torch
 from .. import __version__
 from ..terminal import FAILURE, Parser
 from . import machine
-from .comparison import Trainer, evaluate_file
+from .comparison import Trainer
+from .exported import evaluate_file
 from .folder import Folder
 from .report import heading
 from .run import Job
@@ -160,7 +161,7 @@ def under_torchrun(given: dict[str, Any], new: bool, evaluate: bool) -> dict[str
     if not new:
         return {"graph": False}
     if given.get("method") == "sgd":
-        raise ValueError("method must be hta or compare under torchrun, as SGD trains one network, got 'sgd'")
+        raise ValueError("method must be hta, compare or ddp under torchrun, as SGD trains one network, got 'sgd'")
     if given.get("copies", size) != size:
         raise ValueError(f"copies must be the number of processes, {size}, or left out, got {given['copies']}")
     if "out" not in given and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):

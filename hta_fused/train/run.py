@@ -24,8 +24,8 @@ from .vgg import VGG
 class Job:
     """What one run is to do."""
 
-    label: str  # "HTA", "local SGD", "SGD", "SGD, equal work"
-    method: str  # "hta" or "sgd"
+    label: str  # "HTA", "local SGD", "DiLoCo", "SGD", "SGD, equal work", "DDP"
+    method: str  # "hta", "sgd" or "ddp"
     epochs: int
     seed: int
 
@@ -150,13 +150,13 @@ class Run:
     def step(self, size: int) -> None:
         """One batch: forward and backward of every network, and the update. Waits for nothing, so that it can be captured."""
         batches = [stream.next(size) for stream in self.streams]
-        numbers = dict(zip(map(id, self.phase.networks), self.phase.numbers, strict=True))
 
         def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             # Dropout's: the same, whichever process or thread has the copy. A graph's generator goes on by itself.
-            seed = mixed(self.job.seed, self.epoch, numbers[id(net)], self.batch)
+            seed = mixed(self.job.seed, self.epoch, self.phase.draws[id(net)], self.batch)
             if not self.losses.is_cuda:
-                net.seed(seed)  # type: ignore[operator]  # a VGG
+                vgg: Any = getattr(net, "module", net)  # DDP may have wrapped it
+                vgg.seed(seed)
             elif not self.settings.captures:
                 torch.manual_seed(seed)
             return self.loss(net, batch)
