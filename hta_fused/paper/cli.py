@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
                 "--images", metavar="IMAGES", type=whole_number(1), help="to train on, of the 50,000 [2304]"
             )
     options = terminal.parse_args(argv)
-    terminal.need("matplotlib", "scipy", "sklearn", "tqdm")
+    terminal.need("paper")
     terminal.check_folder("--out", options.out)
     try:
         if options.experiment in SMALL:
