@@ -5,6 +5,8 @@
 # make gpu     on a machine with an NVIDIA GPU: check, measure and train, in four stages of nine minutes at most, with the
 #              python3 and torch that are there; called again, it goes on (ARGS="--only check", ARGS=--rehearse: on the CPU)
 # make clients set up one more environment, then train in Lightning, transformers and others (ARGS= are pytest's)
+# make wheel   build dist/: an sdist, and a manylinux wheel without CUDA code; then test both in clean environments
+#              (ARGS= are those of tests/wheel.py)
 # make lint    the linter, the formatter's check and the type checker
 
 VENV := .venv
@@ -14,7 +16,7 @@ CLIENTS := .venv-clients
 RESULTS := runs/bench
 PYTHON ?= python3
 
-.PHONY: train test bench stress gpu clients lint clean
+.PHONY: train test bench stress gpu clients wheel lint clean
 
 train: $(READY)
 	$(BIN)/hta-train $(ARGS)
@@ -36,6 +38,14 @@ gpu:
 clients: $(CLIENTS)/ready
 	OMP_NUM_THREADS=1 $(CLIENTS)/bin/pytest tests/clients $(ARGS)
 
+# The wheel is built from the sdist. It finds torch's libraries loaded, and must not carry them.
+wheel: $(READY)
+	rm -rf dist build/dist
+	HTA_CUDA=0 $(BIN)/python -m build --no-isolation --outdir build/dist
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so -w dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist
+	$(BIN)/python tests/wheel.py $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,4 +65,4 @@ $(CLIENTS)/ready: tests/clients/requirements.txt setup.py pyproject.toml $(wildc
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info hta_fused/_C.so
+	rm -rf $(VENV) $(CLIENTS) .venv-wheel build dist *.egg-info hta_fused/_C.so

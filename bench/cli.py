@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
             print(page)
             return
         if options.out:
-            terminal.need("matplotlib")
+            terminal.need("bench")
             terminal.check_folder("--out", options.out)
         options.rounds = options.rounds or (5 if options.quick else _rounds(options.what))
         if options.threads:

@@ -3,21 +3,26 @@
 from pathlib import Path
 from typing import Any
 
+from hta_fused.extras import needs
+
 from .measure import AXES, GUARDED, MIX, OURS, ROOFS
 
 OUR_COLOR, THEIR_COLOR = "#1b7f5c", "#9aa3ad"
 
 
+def _pyplot() -> Any:
+    with needs("bench"):
+        import matplotlib
+        from matplotlib import pyplot
+    matplotlib.use("Agg")
+    return pyplot
+
+
 def _panels(count: int, width: float, height: float, columns: int):
     """A figure with `count` panels, at most `columns` of them in a row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(
+    figure, axes = _pyplot().subplots(
         rows, columns, figsize=(columns * width, rows * height), layout="constrained", squeeze=False
     )
     for axis in axes.flat[count:]:
@@ -26,11 +31,9 @@ def _panels(count: int, width: float, height: float, columns: int):
 
 
 def _save(figure, path: Path, caption: str) -> None:
-    from matplotlib import pyplot as plt
-
     figure.suptitle(caption, fontsize=9)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _pyplot().close(figure)
 
 
 def _bars(axis, names: list[str], values: list[float], ours: set[str], form: str, inside: bool = False) -> None:
@@ -97,14 +100,9 @@ def scaling(results: list[dict[str, Any]], path: Path, caption: str) -> None:
 
 def distributed(results: list[dict[str, Any]], path: Path, caption: str) -> None:
     """Above, step times as measured, with the model's beside them; below, the model's against the network's bandwidth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     seen, curves = [r for r in results if "processes" in r], [r for r in results if "net" in r]
     rows = -(-len(curves) // 3)
-    figure = plt.figure(figsize=(15, 4.4 * (1 + rows)), layout="constrained")
+    figure = _pyplot().figure(figsize=(15, 4.4 * (1 + rows)), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[1, rows])
     above, below = parts
     for axis, result in zip(above.subplots(1, len(seen), sharey=True, squeeze=False)[0], seen, strict=True):

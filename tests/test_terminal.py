@@ -126,7 +126,7 @@ def test_a_gpu_is_refused_where_there_is_none_or_too_few(monkeypatch, capsys):
 
 def test_a_package_that_is_missing_is_named(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sklearn" else name)
-    assert refused([], capsys) == (1, "hta-train: sklearn is not installed: pip install 'hta_fused[train]'\n")
+    assert refused([], capsys) == (1, "hta-train: hta_fused.train needs sklearn: pip install 'hta_fused[train]'\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluating

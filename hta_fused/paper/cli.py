@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
                 "--images", metavar="IMAGES", type=whole_number(1), help="to train on, of the 50,000 [2304]"
             )
     options = terminal.parse_args(argv)
-    terminal.need("matplotlib", "scipy", "sklearn", "tqdm")
+    terminal.need("paper")
     terminal.check_folder("--out", options.out)
     try:
         if options.experiment in SMALL:
@@ -86,6 +86,11 @@ def main(argv: list[str] | None = None) -> None:
             run, scales = TRAINED[options.experiment]
             scale = asked(scales[options.scale], options)
             machine.check(scale.settings)
+            if scale.name == "full" and scale.settings.torch_device.type == "cpu":
+                much = f"{scale.settings.epochs} epochs a run, {scale.seeds} seeds"
+                terminal.say(
+                    f"--scale full is for a GPU, and will take very long on this CPU ({much}); see --scale cpu"
+                )
             options.out.mkdir(parents=True, exist_ok=True)
             run(options.out, scale)
     except KeyboardInterrupt:

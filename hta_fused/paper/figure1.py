@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .. import problems
+from ..extras import needs
 from ..path import PathResult, track
 from .report import progress, pyplot, save_animation, save_csv, save_figure, say
 
@@ -62,7 +63,8 @@ def surface(paths: Paths) -> Any:
 
 def falling(paths: Paths) -> tuple[Any, Any]:
     """θ and η on the contours, a frame for each value of L: the figure and its animation."""
-    from matplotlib.animation import FuncAnimation
+    with needs("paper"):
+        from matplotlib.animation import FuncAnimation
 
     axis, heights = _heights()
     figure, axes = pyplot().subplots(figsize=(5.2, 5), layout="constrained")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..extras import needs
 from ..train.machine import fastest_precision
 from ..train.settings import PAPER, Settings
 from .report import Row, markdown, pyplot, save_csv, save_figure, say
@@ -159,7 +160,8 @@ def epochs(curves: Mapping[tuple[str, str], Curve]) -> list[Row]:
 
 def figure(curves: Mapping[tuple[str, str], Curve]) -> Any:
     """Test error over the epochs, a panel for each network: the mean of the seeds and their range, named at its end."""
-    from matplotlib.ticker import MaxNLocator
+    with needs("paper"):
+        from matplotlib.ticker import MaxNLocator
 
     models = list(dict.fromkeys(model for model, _ in curves))
     size = 5.2 * len(models), 3.8

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..extras import needs
 from ..train.machine import fastest_precision
 from ..train.settings import Settings
 from .report import Row, markdown, pyplot, save_csv, save_figure, say
@@ -116,7 +117,8 @@ def error(values: list[float]) -> float:
 
 def interval(differences: list[float]) -> tuple[float, float]:
     """Mean, and half the width of Student's 95 % interval."""
-    from scipy.stats import t
+    with needs("paper"):
+        from scipy.stats import t
 
     return statistics.fmean(differences), float(t.ppf(0.975, len(differences) - 1)) * error(differences)
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 
 from .. import __version__
+from ..extras import needs
 from ..terminal import FAILURE, Parser
 from . import machine
 from .comparison import Trainer
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     terminal.speaks = not of_torchrun() or os.environ["LOCAL_RANK"] == "0"  # one line on each machine is enough
     given = vars(terminal.parse_args(argv))
     resume, evaluate = given.pop("resume"), given.pop("evaluate")
-    terminal.need("tqdm", "matplotlib", "sklearn")
+    terminal.need("train")
     try:
         if of_torchrun():
             given |= under_torchrun(given, new=not (resume or evaluate), evaluate=bool(evaluate))
@@ -201,7 +202,8 @@ def train(terminal: Terminal, settings: Settings, given: dict[str, Any], new: bo
         given: those that were given on the command line.
         new: whether it is a new run.
     """
-    from tqdm import tqdm
+    with needs("train"):
+        from tqdm import tqdm
 
     assert settings.out is not None
     team = ALONE
@@ -342,7 +344,8 @@ def stopping(team: Team = ALONE) -> Iterator[list[int]]:
 @contextmanager
 def progress_bars() -> Iterator[Callable[[Job, int, int, int], None]]:
     """What draws a bar for each epoch, on a terminal."""
-    from tqdm import tqdm
+    with needs("train"):
+        from tqdm import tqdm
 
     bar: tqdm | None = None  # of the epoch that `shown` names
     shown = ""

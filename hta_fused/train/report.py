@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..extras import needs
 from .settings import Settings
 
 Row = dict[str, Any]  # an epoch's metrics
@@ -125,11 +126,10 @@ def table(summary: dict[str, Any]) -> str:
 
 def curves(rows: list[Row], path: Path) -> None:
     """Test accuracy, training loss, and the copies' distance over the work done; a line per seed, a colour per run."""
-    import matplotlib
-
+    with needs("train"):
+        import matplotlib
+        from matplotlib import pyplot as plt
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     apart = any(row["copies"] > 1 for row in rows)
     figure, axes = plt.subplots(1, 2 + apart, figsize=(5 * (2 + apart), 4), layout="constrained")
     for color, label in enumerate(dict.fromkeys(row["run"] for row in rows)):
