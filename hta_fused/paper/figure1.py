@@ -47,7 +47,7 @@ def folds_of(start: tuple[float, ...], result: PathResult, Ls: list[float]) -> l
     """Where a path that jumped has its folds, by arclength continuation: from L = ∞, and from each jump on."""
     found = []
     for since in [math.inf, *result.jumps[:-1]] if result.jumps else []:
-        later = [math.inf, *(L for L in Ls if L < since)]
+        later = [math.inf, *(L for L in Ls if since > L)]
         found += track(problems.chow, np.array(start), later, 0.0, continuation="arclength").folds[:1]
     return found
 
@@ -85,7 +85,9 @@ def _path(panel: Any, result: PathResult, folds: list[Fold]) -> None:
                 panel.annotate("", x[cut], fold.x[copy], arrowprops=arrow)
                 panel.plot(*fold.x[copy], "X", color=color, markersize=9, markeredgecolor="black", zorder=5)
                 if copy or np.linalg.norm(points[cut].x[1] - points[cut - 1].x[1]) <= 0.2:  # one label for both
-                    panel.annotate(f"fold, L = {fold.L:.3g}", fold.x[copy], (9, 6), textcoords="offset points", color=color)
+                    panel.annotate(
+                        f"fold, L = {fold.L:.3g}", fold.x[copy], (9, 6), textcoords="offset points", color=color
+                    )
         panel.annotate(f"{name}, L = ∞", x[0], place, textcoords="offset points", color=color, weight="bold")
     panel.plot(*result.x, "k*", markersize=13, zorder=6)
     panel.annotate("both, L = 0", result.x, (-6, 11), textcoords="offset points", weight="bold")
