@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from hta_fused.colors import OURS as COLOR_OURS
+from hta_fused.colors import THEIRS as COLOR_THEIRS
 from hta_fused.extras import needs
 
 from .measure import AXES, GUARDED, MIX, OURS, ROOFS
-
-OUR_COLOR, THEIR_COLOR = "#1b7f5c", "#9aa3ad"
 
 
 def _pyplot() -> Any:
@@ -37,7 +37,7 @@ def _save(figure, path: Path, caption: str) -> None:
 
 
 def _bars(axis, names: list[str], values: list[float], ours: set[str], form: str, inside: bool = False) -> None:
-    bars = axis.barh(names, values, color=[OUR_COLOR if n in ours else THEIR_COLOR for n in names])
+    bars = axis.barh(names, values, color=[COLOR_OURS if n in ours else COLOR_THEIRS for n in names])
     axis.bar_label(bars, fmt=form, **(dict(label_type="center", color="white") if inside else dict(padding=3)))
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
@@ -84,7 +84,7 @@ def scaling(results: list[dict[str, Any]], path: Path, caption: str) -> None:
         for name, values in result.items():
             if isinstance(values, list) and name not in (key, "claims", GUARDED):
                 mine = name == OURS
-                axis.plot(result[key], [1e3 * v for v in values], "o-", color=OUR_COLOR if mine else None,
+                axis.plot(result[key], [1e3 * v for v in values], "o-", color=COLOR_OURS if mine else None,
                           linewidth=2.5 if mine else 1.2, zorder=3 if mine else 2, label=name)  # fmt: skip
         axis.set_title(result["title"], fontsize=10)
         axis.set(xlabel={"sizes": "elements", "counts": "tensors"}.get(key, key), ylabel="ms")
@@ -131,7 +131,7 @@ def _curves(axis, result: dict[str, Any]) -> None:
     gap = (high / low) ** 0.062  # a label's height
     place = 0.0
     for name, y in sorted(lines.items(), key=lambda line: line[1][0]):
-        color = OUR_COLOR if name.startswith("ours") else "black" if name == "DDP" else THEIR_COLOR
+        color = COLOR_OURS if name.startswith("ours") else "black" if name == "DDP" else COLOR_THEIRS
         style = "--" if "bf16" in name else "-"
         axis.plot(x, y, style, color=color, linewidth=1.2 if "k = 64" in name else 2)
         place = max(y[0], place * gap)

@@ -6,7 +6,6 @@ and masters.py.
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from operator import attrgetter, methodcaller
 from typing import Any
 

@@ -99,9 +99,7 @@ class SplitMasters(Masters):
     correction. What others write to such a parameter is that number, with no correction; those of normalisation layers have
     a float32 copy."""
 
-    def __init__(
-        self, layout: Layout, count: int, like: Tensor, compute_dtype: torch.dtype, in_norm: Sequence[bool]
-    ):
+    def __init__(self, layout: Layout, count: int, like: Tensor, compute_dtype: torch.dtype, in_norm: Sequence[bool]):
         self.rows = layout.rows(count, like, compute_dtype, 4)
         self.corrections = layout.rows(count, like, torch.int8)
         self.low = None
@@ -112,7 +110,9 @@ class SplitMasters(Masters):
         self._in_norm = list(in_norm)
         if self._tiles is not None:
             self._norms = like.new_zeros(count, len(self._tiles), TILE)
-            within = Layout.of_shapes([(layout.names[i], layout.shapes[i], layout.strides[i]) for i, norm in enumerate(in_norm) if norm])
+            within = Layout.of_shapes(
+                [(layout.names[i], layout.shapes[i], layout.strides[i]) for i, norm in enumerate(in_norm) if norm]
+            )
             for row, homes in enumerate(self.homes):
                 places = iter(within.tensors(self._norms[row].view(-1)))
                 homes[:] = [next(places) if norm else home for norm, home in zip(in_norm, homes, strict=True)]
@@ -137,7 +137,9 @@ class SplitMasters(Masters):
 
     def write_all(self, values: Tensor) -> None:
         assert self.corrections is not None
-        for part, wanted in zip((self.rows, self.corrections), packed(values, self.rows, self.corrections), strict=True):
+        for part, wanted in zip(
+            (self.rows, self.corrections), packed(values, self.rows, self.corrections), strict=True
+        ):
             part.copy_(wanted)
 
     def refresh(self) -> None:

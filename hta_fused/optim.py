@@ -100,7 +100,11 @@ class CoupledOptimizer(FlatState):
             raise ValueError(f"state_format must be 'full' where each process holds one copy, got {state_format!r}")
         self.state_format = state_format
         self._format = STATE_FORMATS[state_format]
-        self._rounds = (self._format, replicas.anchor_format, replicas.master_format) != (None, "full", "full")  # at random
+        self._rounds = (self._format, replicas.anchor_format, replicas.master_format) != (
+            None,
+            "full",
+            "full",
+        )  # at random
         self._replicas = replicas
         self.skip_nonfinite = skip_nonfinite
         self.capturable = capturable
@@ -562,7 +566,9 @@ class CoupledOptimizer(FlatState):
             self._make_buffers()
         if replicas.grads is not self._bound:
             if self._format and replicas.dtype != torch.float32:
-                raise TypeError(f"dtype of Replicas must stay float32 with state_format={self.state_format!r}, got {replicas.dtype}")
+                raise TypeError(
+                    f"dtype of Replicas must stay float32 with state_format={self.state_format!r}, got {replicas.dtype}"
+                )
             self._bound = replicas.grads
             device, dtype = replicas.device, arithmetic(replicas.dtype)
             self._noise = self._noise.to(device)
@@ -574,7 +580,9 @@ class CoupledOptimizer(FlatState):
             rows = count(2)
             self._buffers, self._idle = (
                 {
-                    name: replicas.rows(next(rows), self._format if name in self.proposal.all_buffers else None).copy_(buffer)
+                    name: replicas.rows(next(rows), self._format if name in self.proposal.all_buffers else None).copy_(
+                        buffer
+                    )
                     for name, buffer in buffers.items()
                 }
                 for buffers in (self._buffers, self._idle)

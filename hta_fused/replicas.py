@@ -344,7 +344,9 @@ class Replicas(FlatCopies):
         self._check_state(state_dict, prefix, self.state_dict(prefix=prefix))
         # The anchor is written where it is: the optimizer and captured graphs know it.
         super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "assign_to_params_buffers": False}, *args)
-        self._loaded = [(*place, state_dict[key]) for key, place in self._low_entries(prefix).items() if key in state_dict]
+        self._loaded = [
+            (*place, state_dict[key]) for key, place in self._low_entries(prefix).items() if key in state_dict
+        ]
 
     def _check_state(self, state_dict: Mapping[str, Any], prefix: str, mine: Mapping[str, Any]) -> None:
         """Raises where an entry of a state_dict does not fit."""

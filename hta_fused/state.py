@@ -19,7 +19,6 @@ from .kernels.formats import SCALED, packed, unpack
 from .proposals import SGD, Proposal
 from .replicas import Replicas
 
-
 STATE_FORMATS = {"full": None, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
 
 
@@ -73,7 +72,9 @@ class FlatState(torch.optim.Optimizer):
         """Zeros for a buffer of the proposal's, [m, N]."""
         if self._format == torch.uint8:
             like = self.replicas.grads
-            self._scales[name] = torch.zeros(len(like), like.shape[1] // SCALED, dtype=torch.float32, device=like.device)
+            self._scales[name] = torch.zeros(
+                len(like), like.shape[1] // SCALED, dtype=torch.float32, device=like.device
+            )
         return self.replicas.rows(number, self._format)
 
     def _is_square(self, name: str) -> bool:

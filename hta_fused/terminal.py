@@ -85,6 +85,12 @@ class Parser(argparse.ArgumentParser):
             self.fail(f"{where} may not be written to")
 
 
+def called(command: str) -> str:
+    """How a command is to be typed here: as this program was started, where the PATH does not find it."""
+    started = sys.argv[0]
+    return started if Path(started).name == command and shutil.which(command) is None else command
+
+
 # argparse's errors.
 _IN_OUR_WORDS: dict[str, Any] = {
     r"^argument (\S+?)(/\S+)?: ": r"\1 ",

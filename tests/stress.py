@@ -42,7 +42,15 @@ from hta_fused.train.settings import OF_THE_MACHINE
 Case = tuple[str, Callable[[], None]]  # what is tried, and a call that raises AssertionError where it goes wrong
 
 TINY = Settings(
-    method="hta", dataset="synthetic", width=0.125, epochs=3, L_stop=0.009, batch_size=128, threads=1, device="cpu"
+    method="hta",
+    dataset="synthetic",
+    width=0.125,
+    epochs=3,
+    L_stop=0.009,
+    batch_size=128,
+    seeds=1,
+    threads=1,
+    device="cpu",
 )
 
 

@@ -37,7 +37,9 @@ def awkward() -> torch.Tensor:
     """Of many magnitudes, and what floating point has at its ends."""
     wide = torch.randn(100_000) * 10 ** (torch.rand(100_000) * 60 - 35)
     tiny, huge = torch.finfo(torch.float32).tiny, 3.3e38
-    return torch.cat([wide, torch.tensor([0.0, -0.0, tiny, -tiny, tiny / 2, 1e-45, -1e-45, huge, -huge, 1.0, -1.0, 2.0, 65504.0])])
+    return torch.cat(
+        [wide, torch.tensor([0.0, -0.0, tiny, -tiny, tiny / 2, 1e-45, -1e-45, huge, -huge, 1.0, -1.0, 2.0, 65504.0])]
+    )
 
 
 def test_a_split_bfloat16_is_off_by_2_to_the_minus_16_at_most():
@@ -100,7 +102,9 @@ def test_codes_that_come_back_are_kept_as_they_are(name):
     """So that a state_dict, which holds float32, resumes to the bit."""
     x = torch.randn(128 * 500) * 10 ** (torch.rand(128 * 500) * 4 - 30).repeat_interleave(1)
     x = x.abs() if name == "squares" else x
-    row, scale = formats.packed(x, *empty_like(x, name), formats.noise_of(torch.tensor([1]), 3, len(x)), name == "squares")
+    row, scale = formats.packed(
+        x, *empty_like(x, name), formats.noise_of(torch.tensor([1]), 3, len(x)), name == "squares"
+    )
     again = formats.packed(formats.unpack(row, scale, name == "squares"), row, scale, None, name == "squares")
     assert torch.equal(again[0], row)
     assert torch.equal(again[1], scale)
@@ -135,7 +139,10 @@ def test_rounding_at_random_is_right_on_average(name):
 
 
 def test_random_bits_of_two_rows_and_two_steps_have_nothing_in_common():
-    draws = [formats.noise_of(torch.tensor([noise]), row, 100_000).double() / 2**32 - 0.5 for noise, row in ((0, 0), (0, 1), (1, 0))]
+    draws = [
+        formats.noise_of(torch.tensor([noise]), row, 100_000).double() / 2**32 - 0.5
+        for noise, row in ((0, 0), (0, 1), (1, 0))
+    ]
     for i, a in enumerate(draws):
         assert abs(float(a.mean())) < 5 * (1 / 12 / 100_000) ** 0.5
         for b in draws[:i]:
@@ -181,7 +188,11 @@ def cloned(b: dict) -> dict:
 def step(ops, b: dict, labels, proposal, coupling, phase: int = 3, sums=None, **options) -> None:
     m = len(reference.rows_of(b["copies"]))
     rules = rules_of(proposal, coupling, m, 3, torch.float32)[None]
-    codes, bytes_, seed = (None, labels, None) if labels is None or isinstance(labels, torch.Tensor) else (labels.codes, labels.labels, labels.seed)
+    codes, bytes_, seed = (
+        (None, labels, None)
+        if labels is None or isinstance(labels, torch.Tensor)
+        else (labels.codes, labels.labels, labels.seed)
+    )
     ops.step_(
         b["copies"], b["grads"], b["states"], b["low"], b["anchor"], b["anchor"] if coupling.moves_anchor else None, sums, codes,
         bytes_, seed, rules, options.get("scale"), options.get("found_inf"), b["stats"], proposal.kernel, coupling.explicit,
@@ -193,7 +204,11 @@ def assert_same(ours: dict, theirs: dict) -> None:
     for name, tensors in ours.items():
         if name in ("stats", "noise") or tensors is None:
             continue
-        for a, b in zip(tensors if isinstance(tensors, list) else [tensors], theirs[name] if isinstance(tensors, list) else [theirs[name]], strict=True):
+        for a, b in zip(
+            tensors if isinstance(tensors, list) else [tensors],
+            theirs[name] if isinstance(tensors, list) else [theirs[name]],
+            strict=True,
+        ):
             same = a.view(torch.uint8) == b.view(torch.uint8)
             assert same.all(), f"{name}: {(~same).sum()} bytes differ"
     assert torch.allclose(ours["stats"], theirs["stats"], rtol=1e-4)
@@ -216,7 +231,10 @@ COUPLED = [hta.Homotopy(0.1), hta.EMA(0.9), hta.Explicit(0.5)]
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("proposal", PROPOSED, ids=["sgd", "adamw"])
 def test_kernels_leave_the_references_bits_in_every_format(backend, copies, state, proposal):
-    n, grads = (1500 if backend in ("triton", "nvrtc") else 40_000), torch.float16 if copies == "split half" else torch.bfloat16
+    n, grads = (
+        (1500 if backend in ("triton", "nvrtc") else 40_000),
+        torch.float16 if copies == "split half" else torch.bfloat16,
+    )
     for m in (1, 2, 3):
         b = buffers(m, n, copies, state, torch.bfloat16, grads, proposal, low=copies == torch.float32)
         compare(b, None, proposal, COUPLED[m - 1])
@@ -280,7 +298,12 @@ def network() -> nn.Module:
 
 EVERY = [
     {"compute_dtype": torch.bfloat16, "master_format": "split", "state_format": "full"},
-    {"compute_dtype": torch.bfloat16, "master_format": "split", "anchor_format": "bfloat16", "state_format": "bfloat16"},
+    {
+        "compute_dtype": torch.bfloat16,
+        "master_format": "split",
+        "anchor_format": "bfloat16",
+        "state_format": "bfloat16",
+    },
     {"compute_dtype": torch.bfloat16, "master_format": "split", "anchor_format": "bfloat16", "state_format": "8bit"},
     {"compute_dtype": torch.float16, "master_format": "split", "state_format": "8bit"},
     {"state_format": "8bit"},
@@ -390,7 +413,9 @@ def test_small_steps_stop_plain_bfloat16_and_no_split_master(proposal):
         model = nn.Linear(64, 64, bias=False)
         nn.init.ones_(model.weight)
         replicas = hta.Replicas(model.to(dtype), 1, **{k: v for k, v in options.items() if k != "state_format"})
-        optimizer = hta.CoupledOptimizer(replicas, proposal, hta.Homotopy(math.inf), state_format=options.get("state_format", "full"))
+        optimizer = hta.CoupledOptimizer(
+            replicas, proposal, hta.Homotopy(math.inf), state_format=options.get("state_format", "full")
+        )
         for _ in range(400):
             optimizer.zero_grad()
             replicas.backward(lambda net: 0.5 * (net.weight.float() - target).square().sum())
@@ -420,7 +445,10 @@ def test_an_average_in_bfloat16_follows_through_steps_below_its_last_place():
     ("options", "message"),
     [
         ({"master_format": "split"}, "master_format='split' needs a compute_dtype"),
-        ({"master_format": "int4", "compute_dtype": torch.bfloat16}, "master_format must be 'full' or 'split', got 'int4'"),
+        (
+            {"master_format": "int4", "compute_dtype": torch.bfloat16},
+            "master_format must be 'full' or 'split', got 'int4'",
+        ),
         ({"anchor_format": "float8"}, "anchor_format must be 'full' or 'bfloat16', got 'float8'"),
         ({"state_format": "4bit"}, "state_format must be 'full', 'bfloat16', '8bit', got '4bit'"),
     ],

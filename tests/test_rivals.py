@@ -15,6 +15,7 @@ TINY = Settings(
     width=0.125,
     epochs=2,
     method="hta",
+    seeds=1,
     threads=1,
     device="cpu",
     schedule="constant",

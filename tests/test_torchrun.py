@@ -31,7 +31,7 @@ from hta_fused.train.team import Team
 from hta_fused.train.vgg import VGG
 
 TINY = Settings(
-    method="hta", dataset="synthetic", width=0.125, epochs=3, L_stop=0.009, batch_size=128, batches="own", threads=1, device="cpu"
+    method="hta", dataset="synthetic", width=0.125, epochs=3, L_stop=0.009, batch_size=128, batches="own", seeds=1, threads=1, device="cpu"
 )  # fmt: skip
 
 

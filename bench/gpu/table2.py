@@ -18,7 +18,7 @@ from .session import Part, Result, Session
 
 MODELS, SEEDS = ("vgg11", "vgg16"), 3
 FULL = replace(PAPER, precision="bf16")
-TINY = Settings(dataset="synthetic", width=0.0625, epochs=4, L_start=0.01, L_stop=0.009, batch_size=64)
+TINY = Settings(dataset="synthetic", width=0.0625, epochs=4, L_start=0.01, L_stop=0.009, batch_size=64, seeds=1)
 
 
 def parts(session: Session) -> dict[str, Part]:

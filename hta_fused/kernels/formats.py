@@ -89,7 +89,9 @@ def unpack(row: Tensor, more: Tensor | None = None, square: bool = False) -> Ten
     return x if square else torch.where(code < 0, -x, x)
 
 
-def packed(values: Tensor, row: Tensor, more: Tensor | None = None, noise: Tensor | None = None, square: bool = False) -> list[Tensor]:
+def packed(
+    values: Tensor, row: Tensor, more: Tensor | None = None, noise: Tensor | None = None, square: bool = False
+) -> list[Tensor]:
     """What `row`, and `more` where it has one, are to hold for these values [n].
 
     Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..terminal import FAILURE, Parser, whole_number
 from ..train import machine
-from . import convergence, figure1, networks, quadratic, smalldata, table1
+from . import convergence, figure1, mapped, networks, quadratic, smalldata, table1
 from .runs import Scale
 
 # Those that take minutes at most, and those that train networks.
@@ -19,6 +19,7 @@ SMALL: dict[str, Callable[[Path, bool], None]] = {
     "figure1": figure1.run,
     "convergence": convergence.run,
     "path": quadratic.run,
+    "map": mapped.run,
 }
 TRAINED: dict[str, tuple[Callable[[Path, Scale], None], dict[str, Scale]]] = {
     "table2": (networks.table2, networks.SCALES),
@@ -34,6 +35,7 @@ HELP = {
     "figure1": "the paths of θ and η on a surface, and L falling",
     "convergence": "theorems 3.2 and 3.1 in numbers",
     "path": "a quadratic's path: exact, tracked, trained",
+    "map": "the coupled step's map for two copies, in pictures",
     "table2": "VGG11 to VGG19 on CIFAR-10: SGD, HTA",
     "table3": "VGG11 and VGG13, homotopy on the convolutions",
     "figure2": "VGG13, homotopy on the fully connected layers",

@@ -10,17 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..colors import of_method
 from ..extras import needs
 from ..train.machine import fastest_precision
+from ..train.report import name_ends
 from ..train.settings import PAPER, Settings
 from .report import Row, markdown, pyplot, save_csv, save_figure, say
 from .runs import Curve, Scale, curves_csv, settings_in_words, spread, train
 
 SGD, EQUAL_WORK, HTA = "SGD", "SGD, equal work", "HTA"
-COLORS = {SGD: "C0", EQUAL_WORK: "C1", HTA: "C2"}
 
 _QUICK = Settings(dataset="synthetic", train_images=256, width=0.0625, epochs=3, L_step=0.005, device="cpu")
-_CPU = Settings(dataset="cifar10", train_images=10_000, epochs=10, precision=fastest_precision(), device="cpu")
+_CPU = Settings(
+    dataset="cifar10", train_images=10_000, width=0.25, epochs=10, precision=fastest_precision(), device="cpu"
+)
 # The scales of Table 2; others change what is trained and how often.
 QUICK, CPU, FULL = Scale("quick", _QUICK, 1), Scale("cpu", _CPU, 3), Scale("full", PAPER, 5)
 SCALES = {scale.name: scale for scale in (QUICK, CPU, FULL)}
@@ -170,7 +173,7 @@ def figure(curves: Mapping[tuple[str, str], Curve]) -> Any:
         mine = {method: curve for (of, method), curve in curves.items() if of == model}
         ends: list[tuple[float, float, str, str]] = []
         for number, (method, curve) in enumerate(mine.items()):
-            color = COLORS.get(method, f"C{number % 10}")
+            color = of_method(method, number)
             errors = [[100 - row["test_accuracy"] for row in at] for at in zip(*curve.seeds, strict=True)]
             means, where = list(map(statistics.fmean, errors)), range(1, len(errors) + 1)
             panel.fill_between(
@@ -184,17 +187,8 @@ def figure(curves: Mapping[tuple[str, str], Curve]) -> Any:
         later = [100 - row["test_accuracy"] for curve in mine.values() for rows in curve.seeds for row in rows[1:]]
         low, high = min(later), max(later)
         panel.set_ylim(low - 0.08 * (high - low) - 1, high + 1)
-        _name_at_ends(panel, ends, (high - low + 2) / 16)
+        name_ends(panel, ends, (high - low + 2) / 16)
         panel.set(title=model.upper(), xlabel="epoch (dotted: the copies merge)", ylabel="test error, %")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
     return figure
-
-
-def _name_at_ends(panel: Any, ends: list[tuple[float, float, str, str]], apart: float) -> None:
-    """Writes each curve's name to the right of all, at its end's height or as little above as leaves lines `apart`."""
-    right, height = max(where for _, where, _, _ in ends), -1e9
-    for value, where, name, color in sorted(ends):
-        height = max(value, height + apart)
-        panel.annotate(name, (where, value), (right + 0.4, height), color=color, va="center", fontsize=8,
-                       annotation_clip=False, arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 0})  # fmt: skip

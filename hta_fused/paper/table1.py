@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import problems
+from ..colors import OURS, THEIRS
 from ..extras import needs
 from ..path import Objective, track_many
 from .report import Row, markdown, progress, pyplot, save_csv, save_figure, say
@@ -377,7 +378,7 @@ def picture(rows: list[Row]) -> Any:
         layout="constrained",
     )
     for axis, (part, group) in zip(axes[:, 0], parts, strict=True):
-        colors = ["#1b7f5c" if "homotopy" in row["method"] else "#9aa3ad" for row in group]
+        colors = [OURS if "homotopy" in row["method"] else THEIRS for row in group]
         bars = axis.barh(range(len(group)), [row["hit_rate"] for row in group], color=colors)
         axis.bar_label(bars, [f"{row['hits']} of {row['points']}" for row in group], padding=3, fontsize=7)
         axis.set_yticks(range(len(group)), [title(row) for row in group], fontsize=7)

@@ -18,7 +18,7 @@ import torch
 
 from .. import __version__
 from ..extras import needs
-from ..terminal import FAILURE, Parser
+from ..terminal import FAILURE, Parser, called
 from . import machine
 from .comparison import Trainer
 from .exported import evaluate_file
@@ -42,7 +42,7 @@ process of its own."""
 
 EXAMPLES = """\
 examples:
-  hta-train                                     in three minutes on two cores
+  hta-train                                     in about a minute on two cores
   hta-train --method hta --copies 4 --batches own --out runs/four
   hta-train --resume runs/four                  go on with it after a stop
   hta-train --evaluate runs/four/hta-seed0.pt   test what came out
@@ -293,7 +293,7 @@ def _trainer(settings: Settings, given: dict[str, Any], new: bool, callbacks: di
 
 def _launcher(team: Team) -> str:
     if team.group is None:
-        return "hta-train"
+        return called("hta-train")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", team.size))
     machines = f"--nnodes {team.size // here} " if here != team.size else ""
     return f"torchrun {machines}--nproc-per-node {here} -m hta_fused.train"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import textwrap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,9 +12,10 @@ import torch
 
 from ..files import as_json, save_atomically, write_json, write_text
 from ..kernels import backends
+from ..terminal import called
 from . import data
 from .folder import Folder, Refused, load
-from .report import curves, describe, processor, summarise, table
+from .report import curves, describe, in_words, processor, summarise, table
 from .run import Job, Run, batches_of
 from .settings import OF_THE_MACHINE, Settings
 from .team import ALONE, Team
@@ -311,11 +311,11 @@ class Trainer:
             summary = json.loads((self.out / "summary.json").read_text())
         else:
             save_atomically(self.out / "curves.png", lambda path: curves(self.rows, path))
-            summary = summarise(self.rows, self.settings, self.fingerprint)
+            summary = summarise(self.rows, self.settings, self.fingerprint, len(self.images.test))
             write_json(self.out / "summary.json", summary)
-        files = ", ".join(sorted(p.name for p in self.out.iterdir() if not p.name.startswith(".")))
-        files = textwrap.fill(f"{self.out}: {files}", 79, subsequent_indent="  ", break_on_hyphens=False)
-        self.report(f"\n{table(summary)}\n\n{files}")
+        summary.setdefault("test_images", len(self.images.test))  # version 0.1 did not say
+        words = in_words(summary, self.out, f"{self.jobs[-1].name}.pt", called("hta-train"))
+        self.report(f"\n{table(summary)}\n\n{words}")
 
 
 def _nothing(*_: Any) -> None:
