@@ -46,6 +46,7 @@ def _bars(axis, names: list[str], values: list[float], ours: set[str], form: str
 
 def ratios(results: list[dict[str, Any]], path: Path, caption: str) -> None:
     """How many times as long as ours each rival takes, a panel per workload."""
+    results = [result for result in results if "times" in result]
     figure, axes = _panels(len(results), 7, 3.4, columns=2)
     for axis, result in zip(axes, results, strict=True):
         times, base = result["times"], result["times"][result["base"]][0]

@@ -73,12 +73,13 @@ class Masters:
     def refresh(self) -> None:
         """After a step: brings up to date what that did not write."""
 
-    def written(self, parameters: list[Tensor]) -> None:
+    def written(self, parameters: Sequence[Tensor]) -> None:
         """Says that what was written to all copies' parameters until now came from here."""
         if self.low is not None:
             self._versions = list(map(_VERSION, parameters))
 
-    def take(self, parameters: list[Tensor]) -> None:
+    @torch.no_grad()
+    def take(self, parameters: Sequence[Tensor]) -> None:
         """Takes what others wrote to the parameters since."""
         if self._versions is None or (now := list(map(_VERSION, parameters))) == self._versions:
             return
@@ -129,11 +130,11 @@ class SplitMasters(Masters):
         return unpack(low, correction)
 
     def write(self, row: int, i: int, value: Tensor) -> None:
-        parts = [part[i] for part in self._parts[row]]
-        for part, wanted in zip(parts, packed(value.float(), *parts), strict=True):
+        low, correction = (part[i] for part in self._parts[row])
+        for part, wanted in zip((low, correction), packed(value.float(), low, correction), strict=True):
             part.copy_(wanted)
         if self._in_norm[i]:
-            self.homes[row][i].copy_(unpack(*parts))
+            self.homes[row][i].copy_(unpack(low, correction))
 
     def write_all(self, values: Tensor) -> None:
         assert self.corrections is not None
@@ -145,10 +146,10 @@ class SplitMasters(Masters):
     def refresh(self) -> None:
         if self._tiles is not None:
             assert self.corrections is not None
-            parts = (part.unflatten(1, (-1, TILE))[:, self._tiles] for part in (self.rows, self.corrections))
-            self._norms.copy_(unpack(*parts))
+            low, correction = (part.unflatten(1, (-1, TILE))[:, self._tiles] for part in (self.rows, self.corrections))
+            self._norms.copy_(unpack(low, correction))
 
-    def written(self, parameters: list[Tensor]) -> None:
+    def written(self, parameters: Sequence[Tensor]) -> None:
         self._versions = list(map(_VERSION, parameters))
 
     def _take(self, row: int, i: int, parameter: Tensor) -> None:
@@ -158,4 +159,4 @@ class SplitMasters(Masters):
             self._parts[row][1][i].zero_()
 
 
-FORMATS = {"full": Masters, "split": SplitMasters}
+FORMATS: dict[str, type[Masters]] = {"full": Masters, "split": SplitMasters}

@@ -240,7 +240,7 @@ def test_kernels_leave_the_references_bits_in_every_format(backend, copies, stat
         compare(b, None, proposal, COUPLED[m - 1])
 
 
-@pytest.mark.parametrize("n", (0, 1, 127, 128, 129, 1023, 1024, 1025, 20_000))
+@pytest.mark.parametrize("n", [0, 1, 127, 128, 129, 1023, 1024, 1025, 20_000])
 def test_awkward_sizes_in_formats(backend, n):
     if backend == "triton" and n > 2000:
         pytest.skip("Triton's interpreter is slow")
@@ -248,7 +248,7 @@ def test_awkward_sizes_in_formats(backend, n):
     compare(b, None, PROPOSED[1], hta.EMA(0.9))
 
 
-@pytest.mark.parametrize("kind", ("bytes", "structural", "mixed", "hashed"))
+@pytest.mark.parametrize("kind", ["bytes", "structural", "mixed", "hashed"])
 def test_every_kind_of_label_in_formats(backend, kind):
     n = 6000 if backend not in ("triton", "nvrtc") else 3000
     labels, _ = pattern(kind, n, 3)
@@ -323,9 +323,9 @@ def made(model: nn.Module, options: dict, proposal, coupling=None) -> tuple[hta.
 def train(replicas, optimizer, steps) -> float:
     dtype = replicas.compute_dtype or torch.float32
     for s in steps:
-        part = slice(s % 8 * 32, s % 8 * 32 + 32)
+        batch = X.split(32)[s % 8].to(dtype), Y.split(32)[s % 8]
         optimizer.zero_grad()
-        losses = replicas.backward(lambda net: F.cross_entropy(net(X[part].to(dtype)).float(), Y[part]))
+        losses = replicas.backward(lambda net, b: F.cross_entropy(net(b[0]).float(), b[1]), batch)
         optimizer.step()
     return float(sum(losses))
 

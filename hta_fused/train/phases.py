@@ -44,15 +44,18 @@ class Coupled:
         self.team = team
         partition = BY_NAME[s.partition](model, None if s.part == "all" else s.part, blocks=s.copies)
         self.replicas = Replicas(
-            model, s.copies, partition, s.anchor, s.start, compute_dtype=s.compute_dtype, group=team.group
-        )
+            model, s.copies, partition, s.anchor, s.start, compute_dtype=s.compute_dtype,
+            master_format=s.master_format, anchor_format=s.anchor_format, group=team.group,
+        )  # fmt: skip
         self.networks = self.replicas.copies
         self.count = s.copies
         self.numbers = range(s.copies) if team.group is None else range(team.rank, team.rank + 1)
         self.draws = dict(zip(map(id, self.networks), self.numbers, strict=True))
         self.L = s.L_at(0)
         sgd = SGD(s.lr, s.momentum, s.weight_decay)
-        self.optimizer = CoupledOptimizer(self.replicas, sgd, s.coupling_at(self.L), capturable=s.captures)
+        self.optimizer = CoupledOptimizer(
+            self.replicas, sgd, s.coupling_at(self.L), capturable=s.captures, state_format=s.state_format
+        )
         self.outer: OuterSGD | None = None
         if s.coupling == "diloco":
             rows = [[row] for row in self.replicas.params]

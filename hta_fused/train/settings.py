@@ -111,6 +111,11 @@ class Settings:
     seeds: int = flag(3, "optimisation", "SEEDS", "runs of everything, from --seed on")
 
     precision: Literal["fp32", "bf16", "fp16"] = flag("fp32", "machine", "DTYPE", "of autocast")
+    master_format: Literal["full", "split"] = flag(
+        "full", "machine", "FORMAT", "split: of low-precision networks' float32 masters keep 24 bits"
+    )
+    anchor_format: Literal["full", "bfloat16"] = flag("full", "machine", "FORMAT", "of the anchor")
+    state_format: Literal["full", "bfloat16", "8bit"] = flag("full", "machine", "FORMAT", "of the momentum")
     memory_format: Literal["auto", "channels_last", "contiguous"] = flag(
         "auto", "machine", "FORMAT", "of images and kernels; auto: what is fastest"
     )
@@ -159,6 +164,10 @@ class Settings:
                 raise ValueError(f"{name} must be under 1, got {getattr(self, name)}")
         if self.validate and not self.train_images:
             raise ValueError("validate must have images to test on: give train_images, fewer than there are")
+        if self.master_format == "split" and self.precision == "fp32":
+            raise ValueError("master_format must be full where the precision is fp32, got 'split'")
+        if self.master_format == "split" and self.coupling == "diloco":
+            raise ValueError("master_format must be full where the coupling is diloco, got 'split'")
         if not 0 <= self.swa <= 1:
             raise ValueError(f"swa must be from 0 to 1, got {self.swa}")
         for name in ("dropout", "label_smoothing", "ema"):
@@ -297,8 +306,10 @@ class Settings:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of batches and coupled networks: a GPU's kernels write what is computed in; on the CPU autocast casts."""
-        return PRECISIONS[self.precision] if self.torch_device.type == "cuda" else torch.float32
+        """Of batches and coupled networks: a GPU's kernels write what is computed in; on the CPU autocast casts, but where
+        masters are split, of which the networks hold one part."""
+        written = self.torch_device.type == "cuda" or self.master_format == "split"
+        return PRECISIONS[self.precision] if written else torch.float32
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.torch_device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32")
