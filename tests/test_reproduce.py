@@ -18,7 +18,9 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize(("experiment", "methods"), [("table2", 3), ("table3", 3), ("figure2", 3), ("dropout", 6)])
+@pytest.mark.parametrize(
+    ("experiment", "methods"), [("table2", 3), ("table3", 3), ("figure2", 3), ("dropout", 6), ("formats", 5)]
+)
 def test_a_command_leaves_table_epochs_and_picture(tmp_path, capsys, experiment, methods):
     cli.main([experiment, "--scale", "quick", "--out", str(tmp_path)])
     table, epochs = read(tmp_path / f"{experiment}.csv"), read(tmp_path / f"{experiment}-epochs.csv")

@@ -27,6 +27,7 @@ TRAINED: dict[str, tuple[Callable[[Path, Scale], None], dict[str, Scale]]] = {
     "figure2": (networks.figure2, networks.SCALES),
     "figure3": (networks.figure3, networks.FIVE_RUNS),
     "dropout": (networks.dropout, networks.SCALES),
+    "formats": (networks.formats, networks.SCALES),
     "smalldata": (smalldata.run, smalldata.SCALES),
 }
 
@@ -41,6 +42,7 @@ HELP = {
     "figure2": "VGG13, homotopy on the fully connected layers",
     "figure3": "Table 3's networks over the epochs: SGD, HTA",
     "dropout": "the coupling with dropout, beside plain dropout",
+    "formats": "HTA whose masters, momentum and anchor take fewer bytes",
     "smalldata": "few images, many epochs: all that averages weights",
 }
 EXAMPLES = """\

@@ -117,6 +117,26 @@ def dropout(out: Path, scale: Scale) -> None:
     leave(out, "dropout", trained(out, scale, {("vgg11", name): settings for name, settings in wanted.items()}), {})
 
 
+def formats(out: Path, scale: Scale) -> None:
+    """HTA whose masters, momentum and anchor are kept in fewer bytes, beside float32's; computed in float32 all the same."""
+    kept: dict[str, dict[str, Any]] = {
+        "float32": {},
+        "bfloat16 momentum, anchor": {"state_format": "bfloat16", "anchor_format": "bfloat16"},
+        "split masters": {"master_format": "split"},
+        "split, bfloat16": {"master_format": "split", "state_format": "bfloat16", "anchor_format": "bfloat16"},
+        "split, 8-bit": {"master_format": "split", "state_format": "8bit", "anchor_format": "bfloat16"},
+    }
+    shared = replace(scale.settings, method="hta", precision="fp32")
+    few = replace(shared, train_images=min(shared.train_images, 4_000), epochs=min(shared.epochs, 8))
+    datasets = {"digits": replace(shared, dataset="digits", train_images=0, epochs=15), few.dataset: few}
+    wanted = {
+        (dataset, name): replace(settings, **options)
+        for dataset, settings in list(datasets.items())[scale.name == "quick" :]
+        for name, options in kept.items()
+    }
+    leave(out, "formats", trained(out, scale, wanted), {})
+
+
 def leave(
     out: Path, name: str, curves: Mapping[tuple[str, str], Curve], paper: Mapping[str, tuple[float, float]]
 ) -> None:

@@ -170,7 +170,9 @@ class Run:
     def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         with self.settings.autocast():
-            return F.cross_entropy(net(images), labels, label_smoothing=self.settings.label_smoothing)
+            return F.cross_entropy(
+                outputs(net, images, self.settings), labels, label_smoothing=self.settings.label_smoothing
+            )
 
     # ---------------------------------------------------------------------------------------------------- an epoch's end
 
@@ -235,7 +237,14 @@ def batches_of(images: Images, settings: Settings, seed: int) -> Batches:
     s = settings
     if s.train_images:
         images = images.drawn(s.train_images, seed, s.validate)
-    return Batches(images, s.batch_size, seed, s.torch_device, s.torch_memory_format, s.compute_dtype, s.flip)
+    return Batches(images, s.batch_size, seed, s.torch_device, s.torch_memory_format, s.batch_dtype, s.flip)
+
+
+def outputs(net: nn.Module, images: Tensor, settings: Settings) -> Tensor:
+    """A network's logits. Where it holds bfloat16 numbers but is computed in float32, it reads them as such."""
+    if settings.compute_dtype == settings.batch_dtype or settings.precision != "fp32":
+        return net(images)
+    return torch.func.functional_call(net, {name: p.float() for name, p in net.named_parameters()}, (images,))
 
 
 @torch.no_grad()
@@ -246,9 +255,9 @@ def evaluate(net: nn.Module, batches: Batches, settings: Settings) -> tuple[floa
     sums = []
     with settings.autocast():
         for images, labels in batches.unaugmented("test"):
-            logits = net(images).float()
+            logits = outputs(net, images, settings).float()
             if settings.tta and batches.images.flip:
-                logits = (logits + net(images.flip(3)).float()) / 2
+                logits = (logits + outputs(net, images.flip(3), settings).float()) / 2
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums.append(torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()]))
     net.train(was_training)

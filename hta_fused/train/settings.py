@@ -112,7 +112,7 @@ class Settings:
 
     precision: Literal["fp32", "bf16", "fp16"] = flag("fp32", "machine", "DTYPE", "of autocast")
     master_format: Literal["full", "split"] = flag(
-        "full", "machine", "FORMAT", "split: of low-precision networks' float32 masters keep 24 bits"
+        "full", "machine", "FORMAT", "split: 24 bits of each master, of which coupled networks hold 16"
     )
     anchor_format: Literal["full", "bfloat16"] = flag("full", "machine", "FORMAT", "of the anchor")
     state_format: Literal["full", "bfloat16", "8bit"] = flag("full", "machine", "FORMAT", "of the momentum")
@@ -164,8 +164,6 @@ class Settings:
                 raise ValueError(f"{name} must be under 1, got {getattr(self, name)}")
         if self.validate and not self.train_images:
             raise ValueError("validate must have images to test on: give train_images, fewer than there are")
-        if self.master_format == "split" and self.precision == "fp32":
-            raise ValueError("master_format must be full where the precision is fp32, got 'split'")
         if self.master_format == "split" and self.coupling == "diloco":
             raise ValueError("master_format must be full where the coupling is diloco, got 'split'")
         if not 0 <= self.swa <= 1:
@@ -306,10 +304,16 @@ class Settings:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of batches and coupled networks: a GPU's kernels write what is computed in; on the CPU autocast casts, but where
-        masters are split, of which the networks hold one part."""
+        """Of coupled networks' parameters: a GPU's kernels write what is computed in; on the CPU autocast casts. Of split
+        masters the networks hold one part."""
+        if self.master_format == "split" and self.precision == "fp32":
+            return torch.bfloat16
         written = self.torch_device.type == "cuda" or self.master_format == "split"
         return PRECISIONS[self.precision] if written else torch.float32
+
+    @property
+    def batch_dtype(self) -> torch.dtype:
+        return torch.float32 if self.precision == "fp32" else self.compute_dtype
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.torch_device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32")
