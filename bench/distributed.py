@@ -14,7 +14,7 @@ of all-reduce (a ring) in which b bytes are sent:
                   bucket of 25 MiB, and the gradients are divided by m
     ours, coupled forward + backward + 4N/M + max(P, P/n + R), P = 40N/M: look at the gradients; read x, g, v and write x,
                   v, the sum; read x, sum, anchor and write x. All but a piece of 8 MiB of these passes hides R.
-                  In bfloat16 b is half and P is 52N/M.
+                  In bfloat16 b is half and P is 68N/M: the change of the sum is made, and added to it.
     between       forward + backward + 24N/M; a period is a coupled step and every − 1 of these
     local SGD     as between, without the look; 16N/M and R at the period's end, and for DiLoCo 48N/M and R
 
@@ -472,7 +472,7 @@ class Machine:
         every = every if name == OURS_EVERY else 1
         pieces = max(1, ceil(self.elements / PIECE))
         summing = self.all_reduce(n / 2 if low else n, m, pieces, low)
-        passes = (40 + 12 * low) * pass_
+        passes = (40 + 28 * low) * pass_
         met = self.compute + 4 * pass_ + self.both(passes, summing, pieces)
         if not self.hides:
             met += self.all_reduce(AGREEMENT, m, 1) - self.straggling  # who has been waited for once is there

@@ -61,8 +61,8 @@ class Replicas(FlatCopies):
             rank 0 holds copy 0. All processes must make their Replicas together, of models and with arguments that
             agree. Copy 0's values are sent to all; with start="independent" the others are drawn anew after that, into
             each process's model. `copies` is the group's size.
-        communicate: "float32" or "bfloat16": what the processes send their sums in. bfloat16 has eight bits: changes below
-            a few thousandths of a weight are lost in it, so that it is for large steps and loose couplings.
+        communicate: "float32" or "bfloat16": what the processes send their sums in. In bfloat16 it is what has changed since
+            the last sum, to eight bits; that sum is kept in memory, and in no state_dict.
         factory: returns a fresh module like the model, for start="independent" and anchor="random". Without it a deep
             copy of the model is drawn anew by the `reset_parameters` of its modules, which may differ from what
             the model's constructor does; what is frozen stays as it is.

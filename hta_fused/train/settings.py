@@ -41,7 +41,9 @@ class Settings:
         ValueError: a setting that makes no sense; the message begins with its name.
     """
 
-    method: Literal["hta", "sgd", "compare", "ddp"] = flag("compare", "method", "METHOD", "what to train")
+    method: Literal["hta", "sgd", "compare", "ddp"] = flag(
+        "compare", "method", "METHOD", "what to train; ddp: SGD in processes that average gradients"
+    )
     recipe: Literal["none", "paper"] = flag("none", "method", "RECIPE", "all other flags' defaults")
 
     model: Literal["vgg11", "vgg13", "vgg16", "vgg19"] = flag("vgg11", "network", "MODEL", "the network")
