@@ -5,6 +5,7 @@
 # make gpu     on a machine with an NVIDIA GPU: check, measure and train, in four stages of nine minutes at most, with the
 #              python3 and torch that are there; called again, it goes on (ARGS="--only check", ARGS=--rehearse: on the CPU)
 # make clients set up one more environment, then train in Lightning, transformers and others (ARGS= are pytest's)
+# make docs    the pages of docs/ and the API, into build/docs; a warning or a broken link fails
 # make wheel   build dist/: an sdist, and a manylinux wheel without CUDA code; then test both in clean environments
 #              (ARGS= are those of tests/wheel.py)
 # make lint    the linter, the formatter's check and the type checker
@@ -16,7 +17,7 @@ CLIENTS := .venv-clients
 RESULTS := runs/bench
 PYTHON ?= python3
 
-.PHONY: train test bench stress gpu clients wheel lint clean
+.PHONY: train test bench stress gpu clients docs wheel lint clean
 
 train: $(READY)
 	$(BIN)/hta-train $(ARGS)
@@ -37,6 +38,15 @@ gpu:
 
 clients: $(CLIENTS)/ready
 	OMP_NUM_THREADS=1 $(CLIENTS)/bin/pytest tests/clients $(ARGS)
+
+# In .venv, since the generator imports the package and its torch: another environment would be another torch.
+docs: $(VENV)/docs-ready
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
+	@echo build/docs/docs/index.html
+
+$(VENV)/docs-ready: docs/requirements.txt $(READY)
+	$(BIN)/python -m pip install -q -r docs/requirements.txt
+	touch $@
 
 # The wheel is built from the sdist. It finds torch's libraries loaded, and must not carry them.
 wheel: $(READY)

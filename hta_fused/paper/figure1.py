@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from .. import problems
-from ..colors import ETA, THETA
 from ..extras import needs
 from ..path import Fold, PathResult, track
+from ..pictures import ETA, THETA
 from .report import progress, pyplot, save_animation, save_csv, save_figure, say
 
 SMOOTH, FOLDED = (0.0, 2.0), (5.0, 5.0)  # the starts that the still picture follows

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..colors import ETA, THETA
+from ..pictures import ETA, THETA
 from ..tables import implicit
 from .report import Row, markdown, pyplot, save_csv, save_figure, say
 

@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..colors import of_method
 from ..extras import needs
 from ..train.machine import fastest_precision
-from ..train.report import name_ends
+from ..pictures import name_ends, of_method
 from ..train.settings import PAPER, Settings
 from .report import Row, markdown, pyplot, save_csv, save_figure, say
 from .runs import Curve, Scale, curves_csv, settings_in_words, spread, train
@@ -207,7 +206,7 @@ def figure(curves: Mapping[tuple[str, str], Curve]) -> Any:
         later = [100 - row["test_accuracy"] for curve in mine.values() for rows in curve.seeds for row in rows[1:]]
         low, high = min(later), max(later)
         panel.set_ylim(low - 0.08 * (high - low) - 1, high + 1)
-        name_ends(panel, ends, (high - low + 2) / 16)
+        name_ends(panel, ends)
         panel.set(title=model.upper(), xlabel="epoch (dotted: the copies merge)", ylabel="test error, %")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import problems
-from ..colors import OURS, THEIRS
 from ..extras import needs
 from ..path import Objective, track_many
+from ..pictures import OURS, THEIRS
 from .report import Row, markdown, progress, pyplot, save_csv, save_figure, say
 
 HIT = 1e-8  # a minimum below it counts as the global one, which is 0

@@ -1,6 +1,6 @@
 """What a comparison's metrics say: a line per epoch, the summary and its table, the picture of the curves.
 
-Imports matplotlib when called, and of the package the settings and colors.py.
+Imports matplotlib when called, and of the package the settings and pictures.py.
 """
 
 import math
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..colors import of_method
 from ..extras import needs
+from ..pictures import name_ends, of_method
 from .settings import Settings
 
 Row = dict[str, Any]  # an epoch's metrics
@@ -215,7 +215,7 @@ def curves(rows: list[Row], path: Path) -> None:
     accuracies = sorted(row["test_accuracy"] for row in rows if row["test_accuracy"] is not None)
     low, high = max(0.0, accuracies[len(accuracies) // 5] - 5), accuracies[-1]
     axes[0].set_ylim(low, high + 0.04 * (high - low) + 0.1)
-    name_ends(axes[0], ends, max(high - low, 1) / 14)
+    name_ends(axes[0], ends)
     axes[0].set(xlabel="work: epochs × copies", title="test accuracy, %")
     axes[1].set(xlabel="work: epochs × copies", title="training loss, mean of the copies", yscale="log")
     axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -229,22 +229,6 @@ def curves(rows: list[Row], path: Path) -> None:
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def name_ends(panel: Any, ends: list[tuple[float, float, str, str]], apart: float) -> None:
-    """Writes curves' names to the right of all, each at its end's height or as little above as leaves lines `apart`.
-
-    Args:
-        panel: matplotlib's axes.
-        ends: of each curve (height, where on the horizontal axis, name, colour).
-        apart: the height of a line of text, in the axes' units.
-    """
-    right, height = max(where for _, where, _, _ in ends), -1e9
-    left = panel.get_xlim()[0]
-    for value, where, name, color in sorted(ends):
-        height = max(value, height + apart)
-        panel.annotate(name, (where, value), (right + 0.03 * (right - left), height), color=color, va="center", fontsize=8,
-                       annotation_clip=False, arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 0})  # fmt: skip
 
 
 def processor() -> str:
