@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import needs
-from ..train.machine import fastest_precision
 from ..pictures import name_ends, of_method
+from ..train.machine import fastest_precision
 from ..train.settings import PAPER, Settings
 from .report import Row, markdown, pyplot, save_csv, save_figure, say
 from .runs import Curve, Scale, curves_csv, settings_in_words, spread, train
