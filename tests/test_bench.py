@@ -132,7 +132,7 @@ def test_a_line_fits_a_line():
         (["ops", "--out", __file__], f"--out {__file__} is a file, not a folder"),
         (
             ["opps"],
-            "WHAT must be one of step, copies, ops, scaling, train, concurrent, distributed, report, got 'opps'",
+            "WHAT must be one of step, copies, ops, scaling, formats, train, concurrent, distributed, report, got 'opps'",
         ),
     ],
 )

@@ -210,7 +210,7 @@ def test_moved_replicas_train_as_those_that_were_made_there(how, when, proposal)
 
 def test_moving_keeps_gradients_and_masters():
     replicas = hta.Replicas(Net(), compute_dtype=torch.bfloat16)
-    replicas.params += 1e-4  # digits that bfloat16 lacks, as if by steps
+    replicas.params.add_(1e-4)  # digits that bfloat16 lacks, as if by steps
     replicas.to("cpu")
     before, low = replicas.params.clone(), replicas.low.clone()
     replicas._apply(lambda t: t.clone())
