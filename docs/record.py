@@ -50,7 +50,9 @@ def svg(lines: list[tuple[float, str]]) -> str:
     for number, (time, line) in enumerate(lines):
         kind = ' class="typed"' if line.startswith("$") else ""
         delay = f"{LENGTH * time / total:.2f}s"
-        texts.append(f'<text{kind} y="{HEIGHT * (number + 1) - 4}" style="animation-delay: {delay}">{escape(line)}</text>')
+        texts.append(
+            f'<text{kind} y="{HEIGHT * (number + 1) - 4}" style="animation-delay: {delay}">{escape(line)}</text>'
+        )
         if number >= ROWS:
             frames.append(f"{100 * time / total:.2f}% {{ transform: translateY({-HEIGHT * (number + 1 - ROWS)}px); }}")
     width = WIDTH * max(len(line) for _, line in lines)
