@@ -18,7 +18,6 @@ html_theme = "furo"
 html_title = f"hta_fused {version}"
 
 myst_heading_anchors = 4
-myst_links_external_new_tab = True
 default_role = "literal"  # `name` in a docstring
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -35,13 +34,20 @@ LINK = re.compile(r"\[([^\]]*)\]\(([^)#:\s]+)\)")
 
 
 def for_pages(app, name: str, source: list[str]) -> None:
-    """Makes pages of what is written for a forge: links to folders, which a page cannot list, become text, and what the
-    index links to is the table of contents."""
+    """Makes pages of what is written for a forge: a link to a folder, which a page cannot list, becomes text, one to a
+    report of measurements a download, and what the index links to is the table of contents."""
     here = (ROOT / name).parent
+
+    def link(match: re.Match[str]) -> str:
+        text, target = match.groups()
+        if (here / target).is_dir():
+            return text
+        return f"{{download}}`{text} <{target}>`" if "bench/" in target and target.endswith(".md") else match[0]
+
     if name == root_doc:
-        pages = "\n".join(link[2] for link in LINK.finditer(source[0]))
+        pages = "\n".join(match[2] for match in LINK.finditer(source[0]))
         source[0] += f"\n```{{toctree}}\n:hidden:\n\n{pages}\n```\n"
-    source[0] = LINK.sub(lambda link: link[1] if (here / link[2]).is_dir() else link[0], source[0])
+    source[0] = LINK.sub(link, source[0])
 
 
 def setup(app) -> None:

@@ -13,6 +13,11 @@ OF_METHOD = {
     "SGD": THEIRS,
     "SGD, equal work": RIVAL,
     "local SGD": "#8d5bb3",
+    "data-parallel SGD": "#b0498c",
+    "SGD + EMA": RIVAL,
+    "SGD + SWA": RIVAL,
+    "HTA, as in the paper": OURS,
+    "tight, loose, merged": "#6cc2a1",
     "neither": THEIRS,
     "neither, equal work": RIVAL,
     "dropout": "#e0a458",
@@ -20,7 +25,7 @@ OF_METHOD = {
     "HTA, masks of an epoch": OURS,
     "HTA, masks of a step": "#6cc2a1",
 }
-_OTHERS = ("#b0498c", "#4aa3b8", "#7a6a53", "#b5b02b")
+_OTHERS = ("#4aa3b8", "#7a6a53", "#b5b02b")
 
 
 def of_method(name: str, number: int = 0) -> str:

@@ -238,7 +238,7 @@ def test_the_table_fits_80_columns():
     assert len(lines[0]) <= 80
 
 
-def summary_of(**accuracies):
+def summary_of(batches="shared", **accuracies):
     """A comparison's, with accuracies for each seed."""
     runs = {
         name.replace("_", " "): {"accuracies": of, "accuracy_mean": sum(of) / len(of)}
@@ -247,7 +247,7 @@ def summary_of(**accuracies):
     if "SGD equal work" in runs:
         runs["SGD, equal work"] = runs.pop("SGD equal work")
         runs["HTA"] = runs.pop("HTA")
-    return {"runs": runs, "test_images": 400}
+    return {"runs": runs, "test_images": 400, "settings": {"dataset": "digits", "batches": batches, "epochs": 9}}
 
 
 def words(summary):
@@ -277,8 +277,9 @@ def test_the_words_of_one_run_have_the_error_of_an_accuracy_on_so_many_images():
     assert said.endswith("hta-train --method compare")
 
 
-def test_what_the_words_say_to_try_is_understood():
-    said = words(summary_of(SGD=[90.0], HTA=[90.0])).replace(" \\", "").partition("then merged: hta-train ")[2]
+@pytest.mark.parametrize("batches", ["shared", "own"])
+def test_what_the_words_say_to_try_is_understood(batches):
+    said = words(summary_of(batches, SGD=[90.0], HTA=[90.0])).replace(" \\", "").partition("hta-train ")[2]
     given = vars(cli.parser().parse_args(said.split()))
     assert (
         cli.anew({name: value for name, value in given.items() if name not in ("resume", "evaluate")}).batches == "own"

@@ -13,6 +13,7 @@ from ..extras import needs
 from ..ops import homotopy_penalty, homotopy_step_
 from ..optim import HomotopySGD
 from ..path import Objective
+from ..pictures import OURS, RIVAL, name_ends
 from ..replicas import Replicas
 from .report import Row, markdown, progress, pyplot, save_csv, save_figure, say
 
@@ -158,13 +159,14 @@ def picture(rows: list[Row]) -> Any:
     """The theorems' quantities against the number of steps, on log axes; a line per seed."""
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axis, (theorem, title) in zip(axes, TITLES.items(), strict=True):
-        for color, mode in enumerate(MODES):
+        ends: list[tuple[float, float, str, str]] = []
+        for mode, color, style in zip(MODES, (RIVAL, OURS), ("-", "--"), strict=True):  # they lie on each other
             of_mode = [row for row in rows if (row["theorem"], row["mode"]) == (theorem, mode)]
-            for number, seed in enumerate(dict.fromkeys(row["seed"] for row in of_mode)):
+            for seed in dict.fromkeys(row["seed"] for row in of_mode):
                 n, values = zip(*((row["n"], row["value"]) for row in of_mode if row["seed"] == seed), strict=True)
-                label = None if number else f"{mode} steps"
-                axis.loglog(n, values, color=f"C{color}", alpha=0.6, label=label)
+                axis.loglog(n, values, style, color=color, linewidth=1.2)
+            ends.append((values[-1], n[-1], f"{mode} steps", color))
         axis.set(xlabel="steps", title=title)
-        axis.grid(alpha=0.3, which="both")
-        axis.legend()
+        axis.grid(alpha=0.3)
+        name_ends(axis, ends)
     return figure

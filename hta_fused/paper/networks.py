@@ -127,7 +127,10 @@ def formats(out: Path, scale: Scale) -> None:
     }
     shared = replace(scale.settings, method="hta", precision="fp32")
     few = replace(shared, train_images=min(shared.train_images, 4_000), epochs=min(shared.epochs, 8))
-    datasets: dict[str, Settings] = {"digits": replace(shared, dataset="digits", train_images=0, epochs=15), few.dataset: few}
+    datasets: dict[str, Settings] = {
+        "digits": replace(shared, dataset="digits", train_images=0, epochs=15),
+        few.dataset: few,
+    }
     wanted = {
         (dataset, name): replace(settings, **options)
         for dataset, settings in list(datasets.items())[scale.name == "quick" :]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..optim import HomotopySGD
 from ..path import QuadraticTerms, exact_minimiser, random_quadratic, track
+from ..pictures import OURS, RIVAL, name_ends
 from ..replicas import Replicas
 from .report import Row, markdown, progress, pyplot, save_csv, save_figure, say
 
@@ -67,11 +68,15 @@ def picture(rows: list[Row]) -> Any:
     """How far the tracked and the trained minimisers lie from the exact one, and how far the copies are apart."""
     figure, axis = pyplot().subplots(figsize=(7, 4.4), layout="constrained")
     L = [row["L"] for row in rows]
-    axis.loglog(L, [row["distance"] for row in rows], "k-", label="‖θ − η‖ of the exact path")
-    axis.loglog(L, [max(row["trained"], 1e-17) for row in rows], "s-", label="error, trained by HomotopySGD")
-    axis.loglog(L, [max(row["tracked"], 1e-17) for row in rows], "o-", label="error, tracked by BFGS")
+    lines = {
+        "‖θ − η‖, exact": ([row["distance"] for row in rows], "black"),
+        "error of BFGS": ([max(row["tracked"], 1e-17) for row in rows], RIVAL),
+        "error of HomotopySGD": ([max(row["trained"], 1e-17) for row in rows], OURS),
+    }
+    for y, color in lines.values():
+        axis.loglog(L, y, "o-", color=color, markersize=4)
     axis.invert_xaxis()
-    axis.set(xlabel="L, falling", title="The path of a quadratic")
+    axis.set(xlabel="L, falling", title="The path of a quadratic: how far from the exact minimiser")
     axis.grid(alpha=0.3)
-    axis.legend()
+    name_ends(axis, [(y[-1], L[-1], name, color) for name, (y, color) in lines.items()])
     return figure

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import needs
+from ..pictures import of_method
 from ..train.machine import fastest_precision
 from ..train.settings import Settings
 from .report import Row, markdown, pyplot, save_csv, save_figure, say
@@ -128,12 +129,11 @@ def figure(rows: list[Row]) -> Any:
     figure, axes = pyplot().subplots(figsize=(7, 0.45 * len(rows) + 1.2), layout="constrained")
     shown = [row for row in rows if row["method"] != BASE][::-1]
     axes.axvline(0, color="0.5", linewidth=0.8)
-    axes.errorbar(
-        [row["minus equal work"] for row in shown], range(len(shown)), xerr=[row["± 95 %"] for row in shown], fmt="o",
-        color="C0", capsize=3,
-    )  # fmt: skip
+    for place, row in enumerate(shown):
+        bar = {"xerr": row["± 95 %"], "color": of_method(row["method"])}
+        axes.errorbar(row["minus equal work"], place, fmt="o", capsize=3, **bar)
     labels = [f"{row['method']} ({row['accuracy, %']:.2f} %, work {row['work']})" for row in shown]
     axes.set_yticks(range(len(shown)), labels)
-    axes.set(xlabel="accuracy minus SGD's at equal work, points")
+    axes.set(xlabel="accuracy minus SGD's at equal work, points; 95 % intervals")
     axes.grid(alpha=0.3, axis="x")
     return figure

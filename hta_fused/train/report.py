@@ -148,6 +148,7 @@ def in_words(summary: dict[str, Any], out: Path, network: str, command: str) -> 
     error = f"± is the standard error over {seeds} seeds."
     if seeds == 1:
         error = f"± is the standard error of one run's accuracy on {images:,} test images; --seeds 3 tells more."
+    settings = summary["settings"]
     following, flags = "set it beside SGD at equal epochs and at equal work:", "--method compare"
     if rivals:
         said = [_beside(run["accuracies"], rival["accuracies"], images, name) for name, rival in rivals.items()]
@@ -155,6 +156,10 @@ def in_words(summary: dict[str, Any], out: Path, network: str, command: str) -> 
         error += " A difference of less than twice that counts as none."
         following = "copies with batches of their own, coupled tightly, then loosely, then merged:"
         flags = "--batches own --partition none --schedule tight-loose-merge --L-stop 100 --epochs-per-L 3"
+        if settings["batches"] == "own":
+            following = "more epochs and seeds; where averages of copies are reported to pay, runs are long:"
+            flags += f" --epochs {3 * settings['epochs']} --seeds 5"
+    flags += f" --dataset {settings['dataset']}" * (settings["dataset"] != "digits")
     where = f"in {out}, curves.png shows every epoch, and {network} holds a trained network."
     told = [f"What it shows: {shows} ({error})", f"Where it is: {where}", f"What to try: {following}"]
     wrapped = [textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False) for text in told]
@@ -179,7 +184,7 @@ def _beside(ours: list[float], theirs: list[float], images: int, name: str) -> s
     )
     rival = "SGD at equal work" if name == "SGD, equal work" else "SGD at equal epochs"
     if abs(difference) < 2 * error or not difference:
-        return f"level with {rival} ({difference:+.1f} ± {error:.1f} points)"
+        return f"level with {rival} ({difference:+.1f} ± {error:.1f} points)".replace("-", "−")
     return f"{abs(difference):.1f} ± {error:.1f} points {'above' if difference > 0 else 'below'} {rival}"
 
 
