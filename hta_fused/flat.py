@@ -181,10 +181,13 @@ class FlatCopies(nn.Module):
         self.masters = FORMATS[self.master_format](self.layout, len(self), like, self.compute_dtype, self._in_norm)
         self._grad_views = [self.layout.tensors(row) for row in self.grads]  # each with a version of its own
         self._warned = False
+        if masters is not None:
+            self.masters.write_all(masters)
+            self.masters.refresh()
         for row, parameters in enumerate(self.trained):
-            values: list[Any] = parameters if masters is None else self.layout.views(masters[row])
-            for i, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
-                self.masters.write(row, i, value)
+            for i, parameter in enumerate(parameters):
+                if masters is None:
+                    self.masters.write(row, i, parameter)
                 self._lay(row, i, parameter.grad)
         self._grad_versions = [sum(map(_VERSION, views)) for views in self._grad_views]
         self._streams: list[torch.cuda.Stream] = []
