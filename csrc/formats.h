@@ -116,7 +116,7 @@ HTA_INLINE float correction_unit(float low) {
 
 HTA_INLINE void split_half(float x, Half& low, uint32_t& correction) {
   low = narrow<Half>(x);
-  const float wide = widen(low), parts = (x - wide) / correction_unit(wide);
+  const float wide = widen(low), parts = (x - wide) * from_bits<float>((254u << 23) - bits_of(correction_unit(wide)));
   const float rounded = parts < 127 ? parts < 0 ? parts - 0.5f : parts + 0.5f : 127;  // not where NaN, nor infinite
   correction = x - x == 0 && wide - wide == 0 ? uint32_t(int32_t(rounded)) & 0xffu : 0;
 }

@@ -1,4 +1,4 @@
-"""The GPU kernels on the CPU, for machines without a GPU: csrc/gpu/kernels.cuh under emulator.cpp, behind nvrtc.launch."""
+"""The GPU kernels on the CPU, for machines without a GPU: csrc/gpu under emulator.cpp, behind nvrtc.launch."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0])
 
 @cache
 def library(few: bool = False) -> ctypes.CDLL:
-    """The emulator, compiled once a session; `few`: with the float32 step's kernels only."""
+    """The emulator, compiled once a session; `few`: with the steps' kernels of float32 and of formats only."""
     out = Path(tempfile.mkdtemp()) / "emulator.so"
     command = [COMPILER, "-O2", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas",
                f"-I{nvrtc.SOURCE}", *["-DFEW"] * few, *nvrtc.definitions(), str(Path(__file__).with_name("emulator.cpp")), "-o", str(out)]  # fmt: skip

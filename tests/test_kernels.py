@@ -319,7 +319,7 @@ def emulated(monkeypatch, tmp_path):
 
     def plant(file: str, was: str, planted: str) -> None:
         (tmp_path / "gpu").mkdir()
-        for name in ("arithmetic.h", "formats.h", "args.h", "gpu/kernels.cuh"):
+        for name in ("arithmetic.h", "formats.h", "args.h", "gpu/rows.cuh", "gpu/kernels.cuh"):
             text = (source / name).read_text()
             if name == file:
                 assert text.count(was) == 1
