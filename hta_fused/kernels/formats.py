@@ -14,7 +14,7 @@ from torch import Tensor
 SCALED = 128  # elements that share a scale, as csrc/formats.h's kScaled
 TILE = 1024  # elements that share two keys, as csrc/arithmetic.h's kTile
 _MASK = 0xFFFFFFFF
-_TOP, _LEAST = 0.96875, (2.0**-8, 2.0**-16)  # csrc/formats.h's kTop and kLeast, of numbers and of squares
+TOP, LEAST = 0.96875, (2.0**-8, 2.0**-16)  # csrc/formats.h's kTop and kLeast, of numbers and of squares
 
 
 def _bits(x: float) -> int:
@@ -82,10 +82,10 @@ def unpack(row: Tensor, more: Tensor | None = None, square: bool = False) -> Ten
     if row.dtype == torch.float16:
         low = row.float()
         return torch.where(low.isfinite(), low + more.float() * _correction_unit(low), low)
-    least = _LEAST[square]
+    least = LEAST[square]
     code = row.int() if square else row.view(torch.int8).int()
     sizes = ((code.abs() << 19) + _bits(least)).view(torch.float32) - least
-    x = sizes * _spread(more / (_TOP - least), len(row))
+    x = sizes * _spread(more / (TOP - least), len(row))
     return x if square else torch.where(code < 0, -x, x)
 
 
@@ -142,8 +142,8 @@ def _largest(values: Tensor) -> Tensor:
 
 
 def _encoded(x: Tensor, noise: Tensor, scale: Tensor, square: bool) -> Tensor:
-    least = _LEAST[square]
-    factor = torch.where(scale >= 2.0**-126, (_TOP - least) / scale, torch.zeros_like(scale))
-    y = (x.abs() * _spread(factor, len(x)) + least).clamp(max=_TOP)
+    least = LEAST[square]
+    factor = torch.where(scale >= 2.0**-126, (TOP - least) / scale, torch.zeros_like(scale))
+    y = (x.abs() * _spread(factor, len(x)) + least).clamp(max=TOP)
     code = (y.view(torch.int32).long() + (noise & (1 << 19) - 1) - _bits(least)) >> 19
     return torch.where((x > 0) & (code == 0), 1, code) if square else torch.where(x < 0, -code, code) & 0xFF
