@@ -5,6 +5,9 @@
 # make gpu     on a machine with an NVIDIA GPU: check, measure and train, in four stages of nine minutes at most, with the
 #              python3 and torch that are there; called again, it goes on (ARGS="--only check", ARGS=--rehearse: on the CPU)
 # make clients set up one more environment, then train in Lightning, transformers and others (ARGS= are pytest's)
+# make docs    the pages of docs/ and the API, into build/docs; a warning or a broken link fails
+# make wheel   build dist/: an sdist, and a manylinux wheel without CUDA code; then test both in clean environments
+#              (ARGS= are those of tests/wheel.py)
 # make lint    the linter, the formatter's check and the type checker
 
 VENV := .venv
@@ -14,7 +17,7 @@ CLIENTS := .venv-clients
 RESULTS := runs/bench
 PYTHON ?= python3
 
-.PHONY: train test bench stress gpu clients lint clean
+.PHONY: train test bench stress gpu clients docs wheel lint clean
 
 train: $(READY)
 	$(BIN)/hta-train $(ARGS)
@@ -24,7 +27,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(READY)
-	for what in ops step copies scaling train concurrent distributed; do $(BIN)/hta-bench $$what --out $(RESULTS) $(ARGS) || exit 1; done
+	for what in ops step copies formats scaling train concurrent distributed; do $(BIN)/hta-bench $$what --out $(RESULTS) $(ARGS) || exit 1; done
 	$(BIN)/hta-bench report $(RESULTS)
 
 stress: $(READY)
@@ -35,6 +38,23 @@ gpu:
 
 clients: $(CLIENTS)/ready
 	OMP_NUM_THREADS=1 $(CLIENTS)/bin/pytest tests/clients $(ARGS)
+
+# In .venv, since the generator imports the package and its torch: another environment would be another torch.
+docs: $(VENV)/docs-ready
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
+	@echo build/docs/docs/index.html
+
+$(VENV)/docs-ready: docs/requirements.txt $(READY)
+	$(BIN)/python -m pip install -q -r docs/requirements.txt
+	touch $@
+
+# The wheel is built from the sdist. It finds torch's libraries loaded, and must not carry them.
+wheel: $(READY)
+	rm -rf dist build/dist
+	HTA_CUDA=0 $(BIN)/python -m build --no-isolation --outdir build/dist
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so -w dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist
+	$(BIN)/python tests/wheel.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -55,4 +75,4 @@ $(CLIENTS)/ready: tests/clients/requirements.txt setup.py pyproject.toml $(wildc
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info hta_fused/_C.so
+	rm -rf $(VENV) $(CLIENTS) .venv-wheel build dist *.egg-info hta_fused/_C.so

@@ -1,6 +1,12 @@
 """Builds the C++ extension, with its CUDA kernels where there is an nvcc; all else about the package is in pyproject.toml.
 
-Without a C++ compiler the package installs all the same, and its ops run in plain PyTorch. Environment:
+Without a C++ compiler the package installs all the same, and its ops run in plain PyTorch.
+
+pyproject.toml does not ask for torch to build with. Build isolation would fetch gigabytes of CUDA for it, beside the torch
+that is already there, and any torch will do: the stable ABI makes one build serve them all. So we look for torch in the
+environment that is installed into. Only where there is none do we ask for one, which the package depends on anyway.
+
+Environment:
 
     HTA_CUDA              auto (default): CUDA kernels if an nvcc is found; 1: fail without one; 0: leave them out
     TORCH_CUDA_ARCH_LIST  CUDA targets such as "8.0;9.0+PTX"; by default all that the toolkit can do
@@ -9,20 +15,17 @@ Without a C++ compiler the package installs all the same, and its ops run in pla
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ImportError:
-    sys.exit(
-        "hta_fused builds against the torch it will run with: install torch, then `pip install --no-build-isolation .`"
-    )
-
-TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10: the oldest release whose stable ABI has what we call
+TORCH = (2, 10)  # the oldest release whose stable ABI has what we call
+WANTED = "torch>={}.{}".format(*TORCH)
 SOURCES = [path for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
 CUDA_SOURCES = [
     path for path in SOURCES if path.parent.name == "gpu" or (path.parent == Path("csrc") and path.suffix == ".h")
@@ -32,6 +35,25 @@ CUDA_TARGETS = ("60", "70", "75", "80", "86", "89", "90", "100", "120")
 
 def say(text: str) -> None:
     print(f"hta_fused: {text}", file=sys.stderr)
+
+
+def find_torch() -> bool:
+    """Whether a torch to build against can be imported, if need be from the environment that build isolation hides."""
+    for folder in (*site.getsitepackages(), site.getusersitepackages()):
+        site.addsitedir(folder)  # behind what is on the path
+    try:
+        return tuple(map(int, version("torch").split(".")[:2])) >= TORCH
+    except PackageNotFoundError:
+        return False
+
+
+COMPILER = os.environ.get("CXX", "c++").split()[0]
+HAS_COMPILER = shutil.which(COMPILER) is not None
+HAS_TORCH = HAS_COMPILER and find_torch()
+if HAS_TORCH:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+else:
+    BuildExtension, CppExtension = build_ext, Extension
 
 
 def find_nvcc() -> str | None:
@@ -77,7 +99,13 @@ def cuda_targets(nvcc: str) -> tuple[list[str], str]:
 class Build(BuildExtension):
     """Compiles launch.cu by itself, since torch.utils.cpp_extension refuses CUDA beside a CPU-only torch."""
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.no_python_abi_suffix = True
+
     def build_extension(self, extension) -> None:
+        if not HAS_TORCH:
+            sys.exit(f"hta_fused: there is no {WANTED} to build against: `pip install torch`, then this again")
         nvcc = find_nvcc()
         if nvcc is not None:
             self.add_cuda(extension, nvcc)
@@ -115,10 +143,9 @@ class Build(BuildExtension):
 
 
 def extensions() -> list:
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None:
+    if not HAS_COMPILER:
         say(
-            f"no C++ compiler ({compiler!r} is not on the PATH), so the fused kernels are left out and the slower "
+            f"no C++ compiler ({COMPILER!r} is not on the PATH), so the fused kernels are left out and the slower "
             "pure-PyTorch backend will serve. Install one (g++ or clang++) and reinstall to have them."
         )
         return []
@@ -137,7 +164,7 @@ def extensions() -> list:
                     "-ffp-contract=off",
                     "-fno-math-errno",  # so that a square root is one instruction
                     "-fvisibility=hidden",
-                    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+                    "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TORCH),
                 ]
             },
             py_limited_api=True,
@@ -147,6 +174,8 @@ def extensions() -> list:
 
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)},
+    cmdclass={"build_ext": Build},
+    # pip asks for it by egg_info; under any other command setuptools would fetch it itself.
+    setup_requires=[WANTED] if HAS_COMPILER and not HAS_TORCH and "egg_info" in sys.argv else [],
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -20,7 +20,7 @@ from hta_fused.kernels.reference import MAX_COPIES
 from hta_fused.terminal import Parser, threads, whole_number
 
 from . import distributed as processes
-from . import measure, plots, rivals, training, workloads
+from . import formats, measure, plots, rivals, training, workloads
 
 Result = dict[str, Any]
 
@@ -105,6 +105,18 @@ def distributed(options: argparse.Namespace) -> Iterator[Result]:
     yield from processes.modelled()
 
 
+def in_formats(options: argparse.Namespace) -> Iterator[Result]:
+    counts, proposals = options.copies or ([2] if options.quick else [2, 4]), options.proposals
+    yield formats.table(counts, proposals)
+    for proposal in proposals:
+        for m in counts:
+            yield formats.steps(m, proposal, 20_000 if options.quick else measure.FLAT, options.rounds)
+    if not options.quick:
+        for task in formats.TASKS:
+            for m in counts:
+                yield formats.memory(task, m, "SGD" if task == "vgg16" else "AdamW")
+
+
 def report(folder: Path) -> str:
     """One Markdown page of all results in a folder; draws their pictures anew."""
     pages = []
@@ -146,6 +158,7 @@ WHAT: dict[str, tuple[Callable[[argparse.Namespace], Iterator[Result]], str]] = 
     "copies": (copies, "one flat buffer: one to eight copies, kinds of labels"),
     "ops": (ops, "one flat buffer: the roofline, anchors, sizes, the penalty"),
     "scaling": (scaling, "time against size, number of tensors, threads"),
+    "formats": (in_formats, "split masters, bfloat16 and 8-bit states: bytes, time, memory"),
     "train": (train, "a training step of HTA, of SGD, and of the usual script"),
     "concurrent": (concurrent, "a step's copies in turn, side by side, as one network"),
     "distributed": (distributed, "one copy for each process, beside DDP, local SGD and DiLoCo"),
@@ -173,11 +186,13 @@ def parser() -> Parser:
         command = commands.add_parser(name, help=about, description=f"hta-bench {name}: {about}.")
         if name == "step":
             _add_names(command, "--models", list(workloads.MODELS))
-        if name == "copies":
+        if name in ("copies", "formats"):
             command.add_argument(
-                "--copies", nargs="+", type=whole_number(1, MAX_COPIES), metavar="M", help="[1 2 3 4 8; --quick: 1 2]"
-            )
+                "--copies", nargs="+", type=whole_number(1, MAX_COPIES), metavar="M",
+                help="[1 2 3 4 8; --quick: 1 2]" if name == "copies" else "[2 4; --quick: 2]",
+            )  # fmt: skip
             _add_names(command, "--proposals", list(rivals.PROPOSALS))
+        if name == "copies":
             command.add_argument("--against", type=Path, metavar="CHECKOUT", help="built, of another version")
         several = name == "distributed"
         if several:
@@ -223,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
             print(page)
             return
         if options.out:
-            terminal.need("matplotlib")
+            terminal.need("bench")
             terminal.check_folder("--out", options.out)
         options.rounds = options.rounds or (5 if options.quick else _rounds(options.what))
         if options.threads:

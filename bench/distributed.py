@@ -14,7 +14,7 @@ of all-reduce (a ring) in which b bytes are sent:
                   bucket of 25 MiB, and the gradients are divided by m
     ours, coupled forward + backward + 4N/M + max(P, P/n + R), P = 40N/M: look at the gradients; read x, g, v and write x,
                   v, the sum; read x, sum, anchor and write x. All but a piece of 8 MiB of these passes hides R.
-                  In bfloat16 b is half and P is 52N/M.
+                  In bfloat16 b is half and P is 68N/M: the change of the sum is made, and added to it.
     between       forward + backward + 24N/M; a period is a coupled step and every − 1 of these
     local SGD     as between, without the look; 16N/M and R at the period's end, and for DiLoCo 48N/M and R
 
@@ -47,13 +47,13 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import hta_fused as hta
 from hta_fused.distributed import PIECE
+from hta_fused.train.rivals import OUTER_LR, OUTER_MOMENTUM, OuterSGD, data_parallel
 from hta_fused.train.vgg import VGG, parameter_count
 
 from . import measure
 from .rivals import MOMENTUM, WEIGHT_DECAY
 
 LR, L = 0.01, 0.01
-OUTER_LR, OUTER_MOMENTUM = 0.7, 0.9  # DiLoCo's own
 IMAGES = 50_000  # in an epoch, shared out over the processes
 AGREEMENT = 12  # bytes: a flag and two numbers, before each coupled step
 BUCKET = 25 * 2**20  # bytes: DDP's
@@ -102,7 +102,7 @@ class Job:
     ddp: DistributedDataParallel | None = None
 
 
-def plain(net: nn.Module, optimizer: torch.optim.Optimizer, then: Callable[[], None] | None = None) -> Any:
+def plain(net: nn.Module, optimizer: torch.optim.Optimizer, then: Callable[[], object] | None = None) -> Any:
     """The usual step."""
 
     def step(batch: Batch) -> None:
@@ -120,7 +120,7 @@ def independent(net: nn.Module, period: int) -> Job:
 
 
 def ddp(net: nn.Module, period: int) -> Job:
-    wrapped = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    wrapped = data_parallel(net, dist.group.WORLD)
     wrapped._set_ddp_runtime_logging_sample_rate(1)  # its own account of the time that it waits
     return Job(plain(wrapped, sgd(net)), net, size_of(net), wrapped)
 
@@ -131,26 +131,8 @@ def local_sgd(net: nn.Module, period: int) -> Job:
 
 
 def diloco(net: nn.Module, period: int) -> Job:
-    """The mean difference of a period is the gradient of an outer step."""
-    outer = [p.detach().clone().requires_grad_() for p in net.parameters()]
-    optimizer = torch.optim.SGD(outer, OUTER_LR, OUTER_MOMENTUM, nesterov=True, fused=True)
-    steps = 0
-
-    @torch.no_grad()
-    def then() -> None:
-        nonlocal steps
-        steps += 1
-        if steps % period:
-            return
-        flat = torch.cat([(p - q).reshape(-1) for p, q in zip(outer, net.parameters(), strict=True)])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for p, gradient in zip(outer, flat.split([p.numel() for p in outer]), strict=True):
-            p.grad = gradient.view_as(p)
-        optimizer.step()
-        torch._foreach_copy_(list(net.parameters()), outer)
-
-    return Job(plain(net, sgd(net), then), net, size_of(net) / period)
+    outer = OuterSGD([list(net.parameters())], period, group=dist.group.WORLD)
+    return Job(plain(net, sgd(net), outer.step), net, size_of(net) / period)
 
 
 def ours(net: nn.Module, period: int, *, every: bool = False, communicate: str = "float32") -> Job:
@@ -490,7 +472,7 @@ class Machine:
         every = every if name == OURS_EVERY else 1
         pieces = max(1, ceil(self.elements / PIECE))
         summing = self.all_reduce(n / 2 if low else n, m, pieces, low)
-        passes = (40 + 12 * low) * pass_
+        passes = (40 + 28 * low) * pass_
         met = self.compute + 4 * pass_ + self.both(passes, summing, pieces)
         if not self.hides:
             met += self.all_reduce(AGREEMENT, m, 1) - self.straggling  # who has been waited for once is there

@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import hta_fused as hta
 from hta_fused.couplings import Coupling
+from hta_fused.paper.report import markdown
 from hta_fused.train.report import processor
 
 from . import rivals, workloads
@@ -586,6 +587,8 @@ def show(result: dict[str, Any]) -> str:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         if "update_share" in result:
             lines += ["", f"The update takes {100 * result['update_share']:.1f} % of HTA's step."]
+    elif "rows" in result:
+        lines.append(markdown(result["rows"]))
     else:
         axis = next(key for key in AXES if key in result)
         series = [k for k, v in result.items() if isinstance(v, list) and k not in (axis, "claims")]

@@ -3,21 +3,34 @@
 from pathlib import Path
 from typing import Any
 
-from .measure import AXES, GUARDED, MIX, OURS, ROOFS
+from hta_fused.extras import needs
+from hta_fused.pictures import OURS as COLOR_OURS
+from hta_fused.pictures import RIVAL as COLOR_RIVAL
+from hta_fused.pictures import THEIRS as COLOR_THEIRS
+from hta_fused.pictures import name_ends
 
-OUR_COLOR, THEIR_COLOR = "#1b7f5c", "#9aa3ad"
+from .measure import AXES, MIX, ROOFS
+
+
+def _color(name: str) -> str:
+    """Ours and what is measured against it; see hta_fused/pictures.py."""
+    ours = name.startswith(("CoupledOptimizer", "HomotopySGD", "HTA", "ours")) or "side by side" in name
+    return COLOR_OURS if ours else COLOR_RIVAL if name == "DDP" else COLOR_THEIRS
+
+
+def _pyplot() -> Any:
+    with needs("bench"):
+        import matplotlib
+        from matplotlib import pyplot
+    matplotlib.use("Agg")
+    return pyplot
 
 
 def _panels(count: int, width: float, height: float, columns: int):
     """A figure with `count` panels, at most `columns` of them in a row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(
+    figure, axes = _pyplot().subplots(
         rows, columns, figsize=(columns * width, rows * height), layout="constrained", squeeze=False
     )
     for axis in axes.flat[count:]:
@@ -26,15 +39,13 @@ def _panels(count: int, width: float, height: float, columns: int):
 
 
 def _save(figure, path: Path, caption: str) -> None:
-    from matplotlib import pyplot as plt
-
     figure.suptitle(caption, fontsize=9)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _pyplot().close(figure)
 
 
-def _bars(axis, names: list[str], values: list[float], ours: set[str], form: str, inside: bool = False) -> None:
-    bars = axis.barh(names, values, color=[OUR_COLOR if n in ours else THEIR_COLOR for n in names])
+def _bars(axis, names: list[str], values: list[float], form: str, inside: bool = False) -> None:
+    bars = axis.barh(names, values, color=[_color(name) for name in names])
     axis.bar_label(bars, fmt=form, **(dict(label_type="center", color="white") if inside else dict(padding=3)))
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
@@ -43,11 +54,12 @@ def _bars(axis, names: list[str], values: list[float], ours: set[str], form: str
 
 def ratios(results: list[dict[str, Any]], path: Path, caption: str) -> None:
     """How many times as long as ours each rival takes, a panel per workload."""
+    results = [result for result in results if "times" in result]
     figure, axes = _panels(len(results), 7, 3.4, columns=2)
     for axis, result in zip(axes, results, strict=True):
         times, base = result["times"], result["times"][result["base"]][0]
         names = sorted((n for n in times if n not in (*ROOFS, MIX)), key=lambda n: times[n][0])
-        _bars(axis, names, [times[n][0] / base for n in names], {result["base"], GUARDED}, "%.2f×")
+        _bars(axis, names, [times[n][0] / base for n in names], "%.2f×")
         axis.set_title(result["title"], fontsize=10, loc="right")
         axis.set_xlabel(f"time over {result['base']}")
     _save(figure, path, caption)
@@ -63,12 +75,12 @@ def roofline(result: dict[str, Any], path: Path, caption: str) -> None:
     for name in names:  # SGD without homotopy needs fewer bytes
         useful = result["bandwidth"][name] if "plain " in name else needed / result["times"][name][0]
         values.append(useful / 1e9)
-    _bars(axis, names, values, {OURS, GUARDED}, "%.1f", inside=True)
-    axis.axvline(roof, color="black", linestyle="--", linewidth=1, label=f"roof: {roof:.1f} GB/s")
-    axis.legend(loc="lower center", frameon=False)
+    _bars(axis, names, values, "%.1f", inside=True)
+    axis.axvline(roof, color="black", linestyle="--", linewidth=1)
+    axis.annotate(f" roof: {roof:.1f} GB/s", (roof, len(names) - 0.6), va="top")
     axis.set_title(result["title"], fontsize=10)
     axis.set_xlabel("GB/s: the bytes that a fused step needs, over the time taken")
-    axis.set_xlim(0, 1.15 * max(*values, roof))
+    axis.set_xlim(0, 1.25 * max(*values, roof))
     _save(figure, path, caption)
 
 
@@ -78,43 +90,42 @@ def scaling(results: list[dict[str, Any]], path: Path, caption: str) -> None:
     figure, axes = _panels(len(results), 5.5, 4, columns=3)
     for axis, result in zip(axes, results, strict=True):
         key = next(k for k in AXES if k in result)
-        for name, values in result.items():
-            if isinstance(values, list) and name not in (key, "claims", GUARDED):
-                mine = name == OURS
-                axis.plot(result[key], [1e3 * v for v in values], "o-", color=OUR_COLOR if mine else None,
-                          linewidth=2.5 if mine else 1.2, zorder=3 if mine else 2, label=name)  # fmt: skip
+        lines = {name: [1e3 * v for v in values] for name, values in result.items()
+                 if isinstance(values, list) and name not in (key, "claims") and "skipping" not in name}  # fmt: skip
+        for name, y in lines.items():
+            ours = _color(name) == COLOR_OURS
+            axis.plot(result[key], y, "o-", color=_color(name), linewidth=2.5 if ours else 1.4, zorder=3 if ours else 2)
         axis.set_title(result["title"], fontsize=10)
         axis.set(xlabel={"sizes": "elements", "counts": "tensors"}.get(key, key), ylabel="ms")
         if key in ("threads", "copies"):
             axis.set_xticks(result[key])
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * max(map(max, lines.values())))
         else:
             axis.set(xscale="log", yscale="log")
+        name_ends(axis, [(y[-1], result[key][-1], name, _color(name)) for name, y in lines.items()])
+        axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
     _save(figure, path, caption)
 
 
 def distributed(results: list[dict[str, Any]], path: Path, caption: str) -> None:
     """Above, step times as measured, with the model's beside them; below, the model's against the network's bandwidth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     seen, curves = [r for r in results if "processes" in r], [r for r in results if "net" in r]
     rows = -(-len(curves) // 3)
-    figure = plt.figure(figsize=(15, 4.4 * (1 + rows)), layout="constrained")
+    figure = _pyplot().figure(figsize=(15, 4.4 * (1 + rows)), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[1, rows])
     above, below = parts
     for axis, result in zip(above.subplots(1, len(seen), sharey=True, squeeze=False)[0], seen, strict=True):
         names = [name for name in result["times"] if name in result["sent"]]
         milliseconds = [1e3 * result["times"][name][0] for name in names]
-        _bars(axis, names, milliseconds, {n for n in names if n.startswith("ours")}, "%.1f", inside=True)
-        axis.plot([1e3 * result["modelled"][name] for name in names], names, "k|", markersize=16, label="the model")
+        _bars(axis, names, milliseconds, "%.1f", inside=True)
+        axis.plot([1e3 * result["modelled"][name] for name in names], names, "k|", markersize=16)
         axis.set_title(result["title"].replace(": ", "\n"), fontsize=9)
-        axis.set_xlabel("ms a step, the slowest process")
-        axis.legend(loc="lower right", frameon=True, fontsize=8)
+        axis.set_xlabel("ms a step, the slowest process (|: as modelled)")
+        last = len(names) - 1
+        axis.annotate(
+            "| the model's", (max(milliseconds), last), (1.02 * max(milliseconds), last), va="center", fontsize=8
+        )
     above.axes[0].set_ylim(len(names) - 0.5, -0.5)  # shared, and so turned round once for each
     for axis, result in zip(below.subplots(rows, 3, squeeze=False).flat, curves, strict=True):
         _curves(axis, result)
@@ -133,7 +144,7 @@ def _curves(axis, result: dict[str, Any]) -> None:
     gap = (high / low) ** 0.062  # a label's height
     place = 0.0
     for name, y in sorted(lines.items(), key=lambda line: line[1][0]):
-        color = OUR_COLOR if name.startswith("ours") else "black" if name == "DDP" else THEIR_COLOR
+        color = _color(name)
         style = "--" if "bf16" in name else "-"
         axis.plot(x, y, style, color=color, linewidth=1.2 if "k = 64" in name else 2)
         place = max(y[0], place * gap)

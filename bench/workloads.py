@@ -75,7 +75,7 @@ class Workload:
         """The flat buffers that a step changes, and those that it only reads, each [copies, N] or [N]."""
         replicas = self.optimizer.replicas
         read = [replicas.grads] if replicas.anchor is None else [replicas.grads, replicas.anchor]
-        return [replicas.params, *self.optimizer._buffers.values()], read
+        return [replicas.masters.rows, *self.optimizer._buffers.values()], read
 
     @property
     def held(self) -> float:

@@ -18,6 +18,11 @@
 
 #include "args.h"
 
+// libstdc++ asks glibc 2.32 and later for this. Answered here (never alone), the extension loads with torch's own glibc, 2.28.
+extern "C" {
+char __libc_single_threaded = 0;
+}
+
 namespace {
 
 using torch::headeronly::ScalarType;

@@ -49,11 +49,13 @@ template <> HTA_INLINE Half narrow<Half>(float x) {
 // ------------------------------------------------------------------------------------------------------------- formats
 //
 // How a row of float32 numbers may lie in memory. Below, V is a float or lanes of them, U as many unsigned 32-bit words;
-// a code is the low bits of a word. `noise` holds 32 random bits. kernels/formats.py is this in PyTorch.
+// a code is the low bits of a word. `noise` holds random bits, and rounds such that the mean of what is kept is x: what a
+// step changes by less than a last place is not lost but made now and then. kNearest rounds to nearest.
+// kernels/formats.py is this in PyTorch.
 
 enum Format : int32_t {
   kFloat32,
-  kBFloat16,  // rounded to nearest, or at random where it is an optimizer's
+  kBFloat16,
   kHalf,
   kSplitBFloat16,  // 24 bits of a float32: the nearest bfloat16, and a byte of correction
   kSplitHalf,
@@ -83,21 +85,22 @@ template <class V, class U = typename Words<V>::U> HTA_INLINE U bits_of(V x) { r
 template <class V, class U> HTA_INLINE V from_bits(U bits) { return __builtin_bit_cast(V, bits); }
 
 template <class V, class U = typename Words<V>::U>
-HTA_INLINE U nearest_bfloat16(V x) {
+HTA_INLINE U nearest_bfloat16(V x) {  // ties to even, as everybody's
   const U bits = bits_of(x);
   return x != x ? U{} + 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
 
-// Up or down at random, such that the mean is x.
 template <class V, class U>
 HTA_INLINE U random_bfloat16(V x, U noise) {
   return x != x ? U{} + 0x7fc0u : (bits_of(x) + (noise & 0xffffu)) >> 16;
 }
 
-// The upper 24 bits, rounded (ties away from 0), as a bfloat16 and what is missing to them.
+constexpr uint32_t kNearest = 0x80;  // of the last 8 bits, as noise
+
+// The upper 24 bits, as the nearest bfloat16 and what is missing to them.
 template <class V, class U>
-HTA_INLINE void split_bfloat16(V x, U& low, U& correction) {
-  const U kept = bits_of(x) + 0x80u;
+HTA_INLINE void split_bfloat16(V x, U noise, U& low, U& correction) {
+  const U kept = bits_of(x) + (noise & 0xffu);
   low = x != x ? U{} + 0x7fc0u : (kept + 0x8000u) >> 16;
   correction = (kept >> 8) & 0xffu;
 }
@@ -108,22 +111,27 @@ HTA_INLINE V join_bfloat16(U low, U correction) {
   return from_bits<V>((low << 16) + (correction << 8));
 }
 
-// A 256th of the unit in the last place of a float16.
-HTA_INLINE float correction_unit(float low) {
-  const uint32_t exponent = bits_of(low) & 0x7f800000u, least = 113u << 23;
-  return from_bits<float>((exponent > least ? exponent : least) - (18u << 23));
+// The same with a float16, whose magnitudes' bits, and 8 more, count evenly from one to the next.
+constexpr float kSubnormal = 0x1p-14f;  // below it float16s are evenly spaced
+constexpr uint32_t kFirstNormal = 1u << 18, kBeyondHalf = 0x7c00u << 8, kBias = 112u << 23;
+
+template <class V, class U>
+HTA_INLINE void split_half(V x, U noise, U& low, U& correction) {
+  const V size = from_bits<V>(bits_of(x) & 0x7fffffffu);
+  const U fine = size < kSubnormal ? bits_of(size + kSubnormal) - bits_of(kSubnormal) : bits_of(size) - kBias;
+  const U all = (fine + ((noise >> 3) & 0x1fu)) >> 5, kept = all < kBeyondHalf ? all : U{} + kBeyondHalf;
+  low = x != x ? U{} + 0x7e00u : ((kept + 0x80u) >> 8) | ((bits_of(x) >> 16) & 0x8000u);
+  correction = kept & 0xffu;
 }
 
-HTA_INLINE void split_half(float x, Half& low, uint32_t& correction) {
-  low = narrow<Half>(x);
-  const float wide = widen(low), parts = (x - wide) * from_bits<float>((254u << 23) - bits_of(correction_unit(wide)));
-  const float rounded = parts < 127 ? parts < 0 ? parts - 0.5f : parts + 0.5f : 127;  // not where NaN, nor infinite
-  correction = x - x == 0 && wide - wide == 0 ? uint32_t(int32_t(rounded)) & 0xffu : 0;
-}
-
-HTA_INLINE float join_half(Half low, int32_t correction) {
-  const float wide = widen(low);
-  return wide - wide == 0 ? wide + float(correction) * correction_unit(wide) : wide;
+// correction: its sign extended.
+template <class V, class U>
+HTA_INLINE V join_half(U low, U correction) {
+  const U kept = ((low & 0x7fffu) << 8) + correction, negative = (low & 0x8000u) << 16;
+  const V even = from_bits<V>((kept << 5) + bits_of(kSubnormal)) - kSubnormal, normal = from_bits<V>((kept << 5) + kBias);
+  const V finite = kept < kFirstNormal ? even : normal;
+  const V size = kept < kBeyondHalf ? finite : from_bits<V>(kept > kBeyondHalf ? U{} + 0x7fc00000u : U{} + 0x7f800000u);
+  return from_bits<V>(bits_of(size) | negative);
 }
 
 // A code is the upper bits of y = x / scale + least, as a float32: near 0 evenly spaced, then 16 codes in each factor of
@@ -136,7 +144,6 @@ template <bool kSigned> constexpr float kLeast = kSigned ? 0x1p-8f : 0x1p-16f;
 template <bool kSigned> HTA_INLINE float to_codes(float scale) {  // what magnitudes are multiplied by
   return scale >= 0x1p-126f ? (kTop - kLeast<kSigned>) / scale : 0;
 }
-template <bool kSigned> HTA_INLINE float from_codes(float scale) { return scale / (kTop - kLeast<kSigned>); }
 
 template <bool kSigned, class V, class U>
 HTA_INLINE U encoded(V x, float factor, U noise) {
@@ -148,9 +155,10 @@ HTA_INLINE U encoded(V x, float factor, U noise) {
 
 // code: its sign extended.
 template <bool kSigned, class V, class U>
-HTA_INLINE V decoded(U code, float factor) {
+HTA_INLINE V decoded(U code, float scale) {
   const U negative = kSigned ? code & 0x80000000u : U{}, size = kSigned ? (negative != 0u ? U{} - code : code) : code;
-  const V x = (from_bits<V>((size << kCodeShift) + bits_of(kLeast<kSigned>)) - kLeast<kSigned>) * factor;
+  constexpr float kWhole = 1 / (kTop - kLeast<kSigned>);  // such that the scale comes back to the bit
+  const V x = (from_bits<V>((size << kCodeShift) + bits_of(kLeast<kSigned>)) - kLeast<kSigned>) * kWhole * scale;
   return from_bits<V>(bits_of(x) | negative);
 }
 

@@ -11,7 +11,7 @@ from .proposals import SGD, AdamW
 from .replicas import Replicas
 from .schedule import CouplingScheduler
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"  # the only definition: pyproject.toml reads it
 
 __all__ = [
     "EMA",

@@ -18,7 +18,7 @@ from .kernels.reference import MAX_COPIES, NUMBERS, PROPOSE, RULE, SHARE, TILE, 
 from .ops import step_buffers
 
 PIECE = 2048 * TILE  # elements that are sent at once: 8 MiB of float32
-_WIRE = {"float32": None, "bfloat16": torch.bfloat16}
+_WIRE = ("float32", "bfloat16")
 
 
 class Processes:
@@ -26,7 +26,8 @@ class Processes:
 
     Args:
         group: a torch.distributed process group, or a DeviceMesh of one dimension.
-        communicate: "float32" sends the proposals' sum in the parameters' dtype, "bfloat16" in half of float32's bytes.
+        communicate: "float32" sends the proposals' sum in the parameters' dtype, "bfloat16" in half of float32's bytes: the
+            first sum as it is, then what differs from the last one, so that small changes keep their digits.
 
     Raises:
         RuntimeError: torch.distributed is not there, or not initialised.
@@ -73,9 +74,13 @@ class Processes:
         step = max(1, numel) if whole else PIECE
         return [slice(start, min(start + step, numel)) for start in range(0, numel, step)]
 
+    def halves(self, tensor: Tensor) -> bool:
+        """Whether sums of such tensors are sent in bfloat16."""
+        return self.communicate == "bfloat16" and tensor.dtype == torch.float32
+
     def add_up(self, tensor: Tensor) -> "Sending":
         """Begins to replace a tensor by its sum over all processes; `wait()` for it."""
-        return Sending(self, tensor)
+        return Sending(self, tensor, tensor)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, a new tensor."""
@@ -124,17 +129,32 @@ class Processes:
 class Sending:
     """A sum on its way."""
 
-    def __init__(self, processes: Processes, tensor: Tensor):
-        self._tensor = tensor
-        wire = _WIRE[processes.communicate]
-        self._sent = tensor if wire is None or tensor.dtype != torch.float32 else tensor.to(wire)
-        self._work = torch.distributed.all_reduce(self._sent, group=processes.group, async_op=True)
+    def __init__(self, processes: Processes, sent: Tensor, total: Tensor):
+        self._sent, self._total = sent, total
+        self._work = torch.distributed.all_reduce(sent, group=processes.group, async_op=True)
 
-    def wait(self) -> None:
-        """Returns when the tensor is the sum (on a GPU: when the current stream will find it so)."""
+    def wait(self) -> Tensor:
+        """The sum, once it is there (on a GPU: once the current stream will find it there)."""
         self._work.wait()
-        if self._sent is not self._tensor:
-            self._tensor.copy_(self._sent)
+        return self._total
+
+
+class SendingChange(Sending):
+    """A sum on its way as its change in bfloat16, which is added to what the sum was last: an error of one is in the next.
+
+    Args:
+        tensor: this process's part of the sum.
+        last: the sum as all processes had it last, which becomes the new one.
+        keep: one element, 1, or 0 where the step is skipped and the sum stays.
+    """
+
+    def __init__(self, processes: Processes, tensor: Tensor, last: Tensor, keep: Tensor):
+        change = torch.sub(tensor, last, alpha=1 / processes.size).to(torch.bfloat16)
+        super().__init__(processes, change, last)
+        self._keep = keep
+
+    def wait(self) -> Tensor:
+        return super().wait().addcmul_(self._sent, self._keep)
 
 
 class StepAcross:
@@ -143,6 +163,8 @@ class StepAcross:
     def __init__(self, processes: Processes):
         self.processes = processes
         self._sums: Tensor | None = None
+        self._known: Tensor | None = None  # the last sum, where changes are sent
+        self._groups: tuple[Tensor, int, Tensor] | None = None  # codes, their version, and these without labels
 
     def take(self, rules: Tensor, explicit: bool) -> None:
         """Takes the rules of all copies, [groups, width] on the CPU, as csrc/args.h has them.
@@ -153,7 +175,6 @@ class StepAcross:
         m = self.processes.size
         rule = rules[:, NUMBERS:].view(len(rules), m + 1, m + 1, RULE)
         self.meets = bool((rule[..., 2] != 0).any())  # some copy, or the centre, has a share in the sum
-        self.digest = zlib.crc32(rules.numpy().tobytes())
         self.explicit = explicit
         if explicit and self.meets and (rule != rule[:1]).any():
             raise ValueError("an explicit coupling across processes must be the same in all param_groups, got several")
@@ -172,15 +193,20 @@ class StepAcross:
             self._own[:, NUMBERS:].view(len(rules), -1, RULE)[..., :4] = torch.tensor([0.0, 1.0, 0.0, 0.0])
         self._there: Tensor | None = None  # on the copy's device
 
+    @property
+    def digest(self) -> int:
+        """Of the rules, which all processes must share, and of whether they know a sum."""
+        return zlib.crc32(self._all.numpy().tobytes() + bytes([self._known is not None]))
+
     def __call__(
         self, params: Tensor, grads: Tensor, states: Sequence[Tensor], low: Tensor | None, anchor: Tensor | None,
         moves_anchor: bool, codes: Tensor, labels: Tensor | None, seed: Tensor | None, grad_scale: Tensor | None,
-        found_inf: Tensor, stats: Tensor, kernel: int,
+        found_inf: Tensor | None, skip_nonfinite: bool, stats: Tensor, kernel: int,
     ) -> None:  # fmt: skip
         """The step of this process's copy, [N] buffers; the other arguments are the step op's. `stats`: of this copy, with no
-        distances between copies, and the skipped step counted."""
+        distances between copies, and the skipped step counted. Where copies meet, found_inf says whether all skip."""
         gathers, labels_matter = self._gathers, not self._alike
-        patterns = (codes, labels, seed) if labels_matter else (codes * codes.new_tensor([1, 0]), None, None)
+        patterns = (codes, labels, seed) if labels_matter else (self._groups_of(codes), None, None)
         given, low_rows, centre_sum = grads, low, None
         if gathers:
             given, centre_sum = self._explicit_grads(
@@ -199,33 +225,49 @@ class StepAcross:
                 [] if low_rows is None else [low_rows[part]], None if anchor is None else anchor[part],
                 anchor[part] if anchor is not None and moves_anchor and shares and not gathers else None, sums,
                 patterns[0][tiles], *patterns[1:], rules, grad_scale, found_inf, stats, kernel,
-                self.explicit and not gathers, False, phase,
+                self.explicit and not gathers, skip_nonfinite, phase,
             )  # fmt: skip
 
         if not self.meets or gathers:
             run(slice(0, len(params)), PROPOSE | SHARE, stats, None)
         else:
-            self._in_pieces(params, seed if labels_matter else None, stats, run)
+            self._in_pieces(params, seed if labels_matter else None, found_inf, stats, run)
         if gathers and low is not None:
             low.copy_(params)
-        if gathers and moves_anchor and anchor is not None and centre_sum is not None:
+        if gathers and moves_anchor and anchor is not None and centre_sum is not None and found_inf is not None:
             _, keep, share, pull, _ = self._all[0, NUMBERS:].view(self.processes.size + 1, -1, RULE)[0, -1].tolist()
             moved = keep * anchor + share * centre_sum + pull * anchor
             anchor.copy_(torch.where(found_inf.reshape(()) != 0, anchor, moved))
 
-    def _in_pieces(self, params: Tensor, seed: Tensor | None, stats: Tensor, run: Any) -> None:
+    def _groups_of(self, codes: Tensor) -> Tensor:
+        """The tiles' codes without their labels."""
+        known = self._groups
+        if known is None or known[0] is not codes or known[1] != codes._version:
+            known = self._groups = codes, codes._version, codes * codes.new_tensor([1, 0])
+        return known[2]
+
+    def _in_pieces(
+        self, params: Tensor, seed: Tensor | None, found_inf: Tensor | None, stats: Tensor, run: Any
+    ) -> None:
         """The first piece is on its way while others are proposed, and shared while others are on theirs."""
-        if self._sums is None or self._sums.shape != params.shape or self._sums.dtype != params.dtype:
-            self._sums = torch.empty_like(params)
+        if self._sums is None or self._sums.dtype != params.dtype or self._sums.device != params.device:
+            self._sums, self._known = torch.zeros_like(params), None
+        known = self._known
+        keep = params.new_ones(1) if found_inf is None else (found_inf.reshape(1) == 0).to(params)
         pieces = self.processes.pieces(len(params), seed is not None)  # a hash of an element's number knows no pieces
         sending = []
         for part in pieces:
-            run(part, PROPOSE, torch.zeros_like(stats), self._sums[part])
-            sending.append(self.processes.add_up(self._sums[part]))
+            mine = self._sums[part]
+            run(part, PROPOSE, torch.zeros_like(stats), mine)
+            if known is None:
+                sending.append(self.processes.add_up(mine))
+            else:
+                sending.append(SendingChange(self.processes, mine, known[part], keep))
         of_pieces = stats.new_zeros(len(pieces), 4)
         for part, sent, of_piece in zip(pieces, sending, of_pieces, strict=True):
-            sent.wait()
-            run(part, SHARE, of_piece, self._sums[part])
+            run(part, SHARE, of_piece, sent.wait())
+        if known is None and self.processes.halves(params):
+            self._known = self._sums.clone()
         stats.copy_(torch.cat([of_pieces[:, :2].sum(0), of_pieces[:, 2:].amax(0)]))
 
     def _explicit_grads(

@@ -1,11 +1,11 @@
 """Parameters of several modules of one kind over the rows of a flat buffer, and their gradients over another.
 
-What is done to the modules meanwhile, moved, replaced, frozen, written, is followed or refused here. Imports checks.py and layout.py.
+What is done to the modules meanwhile, moved, replaced, frozen, written, is followed or refused here. Imports checks.py, layout.py
+and masters.py.
 """
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from operator import attrgetter, methodcaller
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch.nn.parameter import is_lazy
 from .checks import shown
 from .kernels.reference import DTYPES, LOW
 from .layout import Layout, owners_of, trainable
+from .masters import FORMATS, Masters
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _TRAINS, _VERSION, _ADDRESS = attrgetter("requires_grad"), attrgetter("_version"), methodcaller("data_ptr")
 # What _bind and _diagnose make anew, and copies and pickles do without.
 _DERIVED = frozenset((
-    "params", "low", "masters", "frozen", "_grad_views", "_homes", "_streams", "_held", "_were", "_single", "_all", "_trains",
-    "_flat", "_addresses", "_versions", "_half_frozen", "_grad_versions", "_warned",
+    "masters", "frozen", "_grad_views", "_streams", "_held", "_were", "_single", "_all", "_trains",
+    "_flat", "_addresses", "_half_frozen", "_grad_versions", "_warned",
 ))  # fmt: skip
 
 
@@ -48,17 +49,28 @@ class FlatCopies(nn.Module):
         layout: of those.
         compute_dtype: float16 or bfloat16 where the modules' parameters are copies of float32 masters, else None.
         first: the number of the first of them.
+        master_format: "full" or, with a compute_dtype, "split": see masters.py.
     """
 
     _grad_versions: list[int]
     _warned: bool  # of a copy that no gradient reaches
 
-    def __init__(self, copies: list[nn.Module], layout: Layout, compute_dtype: torch.dtype | None, first: int = 0):
+    masters: Masters
+
+    def __init__(
+        self,
+        copies: list[nn.Module],
+        layout: Layout,
+        compute_dtype: torch.dtype | None,
+        first: int = 0,
+        master_format: str = "full",
+    ):
         super().__init__()
         self.copies = Numbered(copies, first)
         self.first = first
         self.layout = layout
         self.compute_dtype = compute_dtype
+        self.master_format = master_format
         self.trained = [[trainable(net)[name] for name in layout.names] for net in copies]
         for row, parameters in enumerate(self.trained):
             for name, parameter in zip(layout.names, parameters, strict=True):
@@ -72,9 +84,29 @@ class FlatCopies(nn.Module):
     def __len__(self) -> int:
         return len(self.copies)
 
-    def rows(self, number: int) -> Tensor:
-        """A further [m, N] buffer like `params`, of zeros; number 2 and up: see Layout.rows."""
-        return self.layout.rows(len(self), self.params, number=number)
+    @property
+    def params(self) -> Tensor:
+        """[m, N]: all copies' values. With split masters they are made anew, and writing to them changes nothing."""
+        return self.masters.values
+
+    @property
+    def low(self) -> Tensor | None:
+        """[m, N] in compute_dtype, which the modules read, or None."""
+        return self.masters.rows if self.masters.corrections is not None else self.masters.low
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self.grads.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The values'."""
+        return torch.float32 if self.masters.corrections is not None else self.masters.rows.dtype
+
+    def rows(self, number: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A further [m, N] buffer of zeros, of the values' dtype or another; number 2 and up: see Layout.rows."""
+        return self.layout.rows(len(self), self.grads, dtype or self.dtype, number)
 
     # ------------------------------------------------------------------------------------------------------ gradients
 
@@ -145,45 +177,35 @@ class FlatCopies(nn.Module):
 
         masters: [m, N], the values, where the parameters are in low precision.
         """
-        rows = partial(self.layout.rows, len(self), like)
-        self.params, self.grads = rows(), rows(self.compute_dtype, 1)
-        self.low = None if self.compute_dtype is None else rows(self.compute_dtype, 4)
-        self.masters = [self.layout.tensors(row) for row in self.params]
+        self.grads = self.layout.rows(len(self), like, self.compute_dtype, 1)
+        self.masters = FORMATS[self.master_format](self.layout, len(self), like, self.compute_dtype, self._in_norm)
         self._grad_views = [self.layout.tensors(row) for row in self.grads]  # each with a version of its own
         self._warned = False
-        self._homes = self.masters  # where each parameter lies
-        if self.low is not None:
-            self._homes = [
-                [master if norm else low for master, low, norm in zip(*both, self._in_norm, strict=True)]
-                for both in zip(self.masters, map(self.layout.tensors, self.low), strict=True)
-            ]
-        if masters is not None:
-            self.params.copy_(masters)
         for row, parameters in enumerate(self.trained):
-            for i, parameter in enumerate(parameters):
-                if masters is None:
-                    self.masters[row][i].copy_(parameter)
+            values: list[Any] = parameters if masters is None else self.layout.views(masters[row])
+            for i, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
+                self.masters.write(row, i, value)
                 self._lay(row, i, parameter.grad)
         self._grad_versions = [sum(map(_VERSION, views)) for views in self._grad_views]
         self._streams: list[torch.cuda.Stream] = []
         self._flat = [p for row in self.trained for p in row]
-        self._addresses = [home.data_ptr() for row in self._homes for home in row]
+        self._addresses = [home.data_ptr() for row in self.masters.homes for home in row]
         self._remember()
         self.written()
 
     def _lay(self, row: int, i: int, grad: Tensor | None) -> None:
-        """Lays a parameter over its place in the buffers, whose master holds its value, and gives it this gradient."""
-        parameter, home, view = self.trained[row][i], self._homes[row][i], self._grad_views[row][i]
+        """Lays a parameter over its home, which holds its value, and gives it this gradient."""
+        parameter, view = self.trained[row][i], self._grad_views[row][i]
         parameter.grad = None  # whose dtype may differ
-        parameter.data = home if home is self.masters[row][i] else home.copy_(self.masters[row][i])
+        parameter.data = self.masters.homes[row][i]
         view.zero_() if grad is None else view.copy_(_dense(grad))
         if parameter.dtype == view.dtype:  # else a float32 parameter among low ones: collect_grads() casts
             parameter.grad = view
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FlatCopies":
         """What nn.Module does by `to`, `half`, `cuda` and the like: the copies move, and the buffers with them."""
-        self._take_low()
-        probe = self.params.new_empty(2, 2, 2, 2)
+        self.masters.take(self._flat)
+        probe = torch.empty(2, 2, 2, 2, dtype=self.dtype, device=self.device)
         moved = fn(probe)
         if moved.dtype not in DTYPES or moved.is_meta:
             raise TypeError(
@@ -193,9 +215,7 @@ class FlatCopies(nn.Module):
             raise ValueError("memory_format of Replicas must stay as it is; set the model's before making its Replicas")
         if moved.device.type == "cpu" and moved.is_shared():
             raise ValueError("Replicas must not be moved to shared memory; make them in the process that trains")
-        if self.low is not None and (
-            moved.dtype != self.params.dtype or fn(self.low.new_empty(0)).dtype != self.low.dtype
-        ):
+        if self.low is not None and (moved.dtype != self.dtype or fn(self.low.new_empty(0)).dtype != self.low.dtype):
             raise TypeError(
                 f"dtype of Replicas with a compute_dtype ({self.compute_dtype}) must stay as it is; make new Replicas"
             )
@@ -211,7 +231,7 @@ class FlatCopies(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        self._take_low()
+        self.masters.take(self._flat)
         state = {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
         return state | {"params": None if self.low is None else self.params}  # else the parameters say all
 
@@ -241,9 +261,9 @@ class FlatCopies(nn.Module):
             for i, name in enumerate(self.layout.names):
                 now, parameter = by_name[name], self.trained[row][i]
                 mine[id(now)] = parameter
-                if now is parameter and now.data_ptr() == self._homes[row][i].data_ptr():
+                if now is parameter and now.data_ptr() == self.masters.homes[row][i].data_ptr():
                     continue  # its master may hold more digits
-                self.masters[row][i].copy_(now)
+                self.masters.write(row, i, now)
                 self._grad_views[row][i] = self.layout.tensors(self.grads[row])[i]  # a copy's to() moves .grad in place
                 self._lay(row, i, now.grad)
                 parameter.requires_grad_(now.requires_grad)
@@ -267,7 +287,7 @@ class FlatCopies(nn.Module):
                 raise RuntimeError(
                     f"parameter {name!r} of copy {row + self.first} is gone when rebind() looked; make new Replicas"
                 )
-            now, device = by_name[name], self.params.device
+            now, device = by_name[name], self.device
             _check_plain(f"parameter {name!r} of copy {row + self.first}", now, RuntimeError)
             if now.shape != shape or now.device != device or not now.is_floating_point():
                 raise RuntimeError(
@@ -331,7 +351,7 @@ class FlatCopies(nn.Module):
                 f"parameter {self.layout.names[i]!r} of copy {row + self.first} no longer lies in the flat buffer; call rebind(), or move "
                 "the Replicas, not a copy (its memory format before making them)"
             )
-        self._take_low()
+        self.masters.take(self._flat)
 
     def _diagnose(self) -> None:
         """Raises where a trained parameter was replaced or a trainable one added, and else notes what is there now."""
@@ -367,34 +387,24 @@ class FlatCopies(nn.Module):
 
     def written(self) -> None:
         """Says that what was written to the parameters until now came from the masters."""
-        if self.low is not None:
-            self._versions = sum(map(_VERSION, self._flat))
+        self.masters.written(self._flat)
 
-    @torch.no_grad()
-    def _take_low(self) -> None:
-        """Takes into the masters what others wrote to low-precision parameters, such as a copy's own load_state_dict."""
-        if self.low is None or sum(map(_VERSION, self._flat)) == self._versions:
-            return
-        for parameters, masters in zip(self.trained, self.masters, strict=True):
-            for parameter, master in zip(parameters, masters, strict=True):
-                if parameter.dtype != master.dtype:  # an untouched one's master holds more digits
-                    master.copy_(torch.where(parameter == master.to(parameter.dtype), master, parameter))
-        self.written()
-
-    def _low_entries(self, prefix: str) -> dict[str, Tensor]:
-        """The masters of low-precision parameters, by their keys in a state_dict; tied ones under each of their names."""
+    def _low_entries(self, prefix: str) -> dict[str, tuple[int, int]]:
+        """Copy and number of low-precision parameters, by their keys in a state_dict; tied ones under each of their names."""
         if self.low is None:
             return {}
         entries = {}
         for row, net in enumerate(self.copies):
-            masters = {id(p): m for p, m in zip(self.trained[row], self.masters[row], strict=True)}
+            numbers = {id(p): i for i, p in enumerate(self.trained[row])}
             for name, parameter in net.named_parameters(remove_duplicate=False):
-                if id(parameter) in masters:
-                    entries[f"{prefix}copies.{row + self.first}.{name}"] = masters[id(parameter)]
+                if id(parameter) in numbers:
+                    entries[f"{prefix}copies.{row + self.first}.{name}"] = row, numbers[id(parameter)]
         return entries
 
 
-def check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> tuple[Tensor, torch.dtype | None]:
+def check_model(
+    model: nn.Module, compute_dtype: torch.dtype | None, master_format: str
+) -> tuple[Tensor, torch.dtype | None]:
     """Raises where a model's trainable parameters cannot lie in one buffer; returns one of them, and the compute_dtype where it
     is not theirs."""
     first = trainable(model)
@@ -416,6 +426,10 @@ def check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> tuple[Te
     if compute_dtype is not None and (compute_dtype not in LOW or dtype != torch.float32):
         got = compute_dtype if isinstance(compute_dtype, torch.dtype) else shown(compute_dtype)
         raise TypeError(f"compute_dtype must be bfloat16 or float16 beside float32, got {got} for {dtype}")
+    if master_format not in FORMATS:
+        raise ValueError(f"master_format must be {' or '.join(map(repr, FORMATS))}, got {shown(master_format)}")
+    if master_format == "split" and compute_dtype is None:
+        raise ValueError("master_format='split' needs a compute_dtype, bfloat16 or float16, got None")
     return next(iter(first.values())), compute_dtype
 
 

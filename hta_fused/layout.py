@@ -1,13 +1,14 @@
 """Where a model's trainable parameters lie in one flat buffer. Imports checks.py and the kernels' tile size only."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from .checks import shown
-from .kernels.reference import TILE
+from .kernels.formats import TILE
 
 _APART = 192  # bytes: three cache lines
 
@@ -28,14 +29,15 @@ class Layout:
 
         Memory formats are kept: a channels-last kernel is laid out in channels-last order.
         """
-        names, shapes, strides, offsets, end = [], [], [], [], 0
-        for name, parameter in trainable(model).items():
-            names.append(name)
-            shapes.append(parameter.shape)
-            strides.append(torch.empty_like(parameter, device="meta").stride())  # dense, in the parameter's own order
-            offsets.append(end)
-            end += -(-parameter.numel() // TILE) * TILE
-        return cls(tuple(names), tuple(shapes), tuple(strides), tuple(offsets), end)
+        dense = {name: torch.empty_like(p, device="meta") for name, p in trainable(model).items()}  # in p's own order
+        return cls.of_shapes([(name, p.shape, p.stride()) for name, p in dense.items()])
+
+    @classmethod
+    def of_shapes(cls, parameters: list[tuple[str, torch.Size, tuple[int, ...]]]) -> "Layout":
+        """The layout of parameters of these names, shapes and strides."""
+        sizes = [-(-prod(shape) // TILE) * TILE for _, shape, _ in parameters]
+        names, shapes, strides = zip(*parameters, strict=True) if parameters else ((), (), ())
+        return cls(names, shapes, strides, tuple(accumulate([0, *sizes[:-1]])), sum(sizes))
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parameters' shapes over a flat buffer of `numel` elements, in the order of `names`."""

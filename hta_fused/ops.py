@@ -328,17 +328,19 @@ def batch_(out: Tensor, *arguments: Any) -> None:
 
 def step_buffers(
     mutated: list[Tensor], copies: list[Tensor], grads: list[Tensor], states: list[Tensor], low: list[Tensor],
-    *arguments: Any,
+    *arguments: Any, corrections: Sequence[Tensor] = (), scales: Sequence[Tensor] = (), noise: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The step op for a caller who owns the buffers and has checked them: no checks, and no Python in the dispatch.
 
     Args:
         mutated: every tensor whose version counter must move, those that merely share the buffers' memory included.
         copies, grads, states, low, arguments: the op's.
+        corrections, scales, noise: the op's, where copies, states or anchor are in formats of their own (csrc/formats.h).
     """
-    step = kernels(copies[0], next(iter(low or grads), None)).step_
+    dtype = torch.float32 if corrections else copies[0].dtype
+    step = kernels(copies[0], next(iter(low or grads), None), dtype).step_
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        step(copies, grads, states, low, *arguments)
+        step(copies, grads, states, low, *arguments, corrections, scales, noise)
     torch.autograd.graph.increment_version(mutated)
 
 
@@ -477,7 +479,7 @@ def _run(written: dict[str, list[Tensor]], g, anchor, labels, rules, kernel, exp
             _flat(x), _flat(g), _flat([v for rows in states for v in rows]), _flat(low), flat_anchor,
             flat_anchor if moves_anchor else None, None,
             codes, bytes_, seed, rules.to(first.device), scale, found, stats, kernel,
-            explicit, skip_nonfinite, reference.PROPOSE | reference.SHARE,
+            explicit, skip_nonfinite, reference.PROPOSE | reference.SHARE, [], [], None,
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from .kernels.reference import NUMBERS, PROPOSE, RULE, SHARE, arithmetic
 from .ops import as_scalar, fakes, rules_of, step_buffers
 from .proposals import SGD, Proposal
 from .replicas import Replicas
-from .state import FlatState, coupling_settings, settings_of
+from .state import STATE_FORMATS, FlatState, coupling_settings, settings_of
 
 
 class StepStats(NamedTuple):
@@ -58,6 +58,9 @@ class CoupledOptimizer(FlatState):
         capturable: `step` may be captured in a CUDA graph, which then reads the settings from the device: after
             changing any (lr, L, …) call `refresh` before the next replay, or `plan` many steps at once. Assigning
             `.coupling` refreshes by itself.
+        state_format: of the proposal's buffers: "full", or beside float32 "bfloat16" (2 bytes), or "8bit" (1 byte, with a
+            scale for each 128 elements, csrc/formats.h), both rounded at random such that nothing is lost on average. `state`
+            does not show buffers of bytes, but takes what is assigned there; state_dicts are as those of "full".
         unscale: a GradScaler leaves it to `step` to divide the gradients, which saves a pass. Lightning clips no
             gradients of such an optimizer in mixed precision: False is for it.
 
@@ -77,6 +80,7 @@ class CoupledOptimizer(FlatState):
         groups: Iterable[Mapping[str, Any]] = (),
         skip_nonfinite: bool = True,
         capturable: bool = False,
+        state_format: str = "full",
         unscale: bool = True,
     ):
         if not isinstance(replicas, Replicas):
@@ -88,18 +92,34 @@ class CoupledOptimizer(FlatState):
         flag("skip_nonfinite", skip_nonfinite)
         flag("capturable", capturable)
         flag("unscale", unscale)
+        if state_format not in STATE_FORMATS:
+            raise ValueError(f"state_format must be {', '.join(map(repr, STATE_FORMATS))}, got {shown(state_format)}")
+        if state_format != "full" and replicas.dtype != torch.float32:
+            raise ValueError(f"state_format={state_format!r} needs copies of float32, got {replicas.dtype}")
+        if state_format != "full" and replicas.processes:
+            raise ValueError(f"state_format must be 'full' where each process holds one copy, got {state_format!r}")
+        self.state_format = state_format
+        self._format = STATE_FORMATS[state_format]
+        self._rounds = (self._format, replicas.anchor_format, replicas.master_format) != (
+            None,
+            "full",
+            "full",
+        )  # at random
         self._replicas = replicas
         self.skip_nonfinite = skip_nonfinite
         self.capturable = capturable
         self._proposal = proposal
         self._step_supports_amp_scaling = unscale  # GradScaler hands over grad_scale and found_inf
-        device = replicas.params.device
-        self._bound = replicas.params  # others, once the Replicas have moved
+        device = replicas.device
+        self._bound = replicas.grads  # others, once the Replicas have moved
+        # A number of each step's own, by which its results are rounded at random.
+        self._noise = torch.zeros(1, dtype=torch.int64, device=device)
         self._codes = replicas.partition.codes.clone()  # (group, label) of each tile
         self._frozen: list[int] = []  # parameters, by the layout's number
         self._stats = torch.tensor([float("nan"), float("nan"), 0.0, 0.0], dtype=torch.float64, device=device)
         self._buffers: dict[str, Tensor] = {}  # [m, N] each
         self._idle: dict[str, Tensor] = {}  # those of which there is no need at the moment
+        self._scales: dict[str, Tensor] = {}
         self._steps = 0  # done so far, skipped ones included
         self._step_tensor = torch.zeros((), dtype=torch.float32, device="cpu")  # the same, as torch's AdamW shows it
         self._step_was = 0.0
@@ -118,7 +138,7 @@ class CoupledOptimizer(FlatState):
         self._grouped = self._params_of_groups()
         self._write_codes()
         # What the kernels read, a row for each group; see csrc/args.h.
-        self.rules = torch.zeros(0, dtype=arithmetic(replicas.params.dtype))
+        self.rules = torch.zeros(0, dtype=arithmetic(replicas.dtype))
         self._values_at(1)  # raises for what is outside its range
         self._across = StepAcross(replicas.processes) if replicas.processes else None
         if replicas.processes:
@@ -214,8 +234,8 @@ class CoupledOptimizer(FlatState):
         replicas.check()
         if self._params_of_groups() != self._grouped:
             raise ValueError("params of param_groups must stay those of the constructor's groups, got others")
-        grad_scale = as_scalar("grad_scale", getattr(self, "grad_scale", None), replicas.params)
-        capturing = replicas.params.is_cuda and torch.cuda.is_current_stream_capturing()
+        grad_scale = as_scalar("grad_scale", getattr(self, "grad_scale", None), replicas.grads)
+        capturing = replicas.grads.is_cuda and torch.cuda.is_current_stream_capturing()
         if not capturing:
             self._take_edits()
             self._follow()
@@ -224,13 +244,16 @@ class CoupledOptimizer(FlatState):
         replicas.collect_grads_unchecked()
         if self._planned is not None:
             self.rules.view(-1).copy_(self._planned.index_select(0, self._cursor)[0])
+            self._noise.copy_(self._cursor + self._plan_start)
             self._cursor += 1
         elif capturing:
             if not self.capturable:
                 raise RuntimeError(f"a CUDA graph captures {type(self).__name__}.step(), which needs capturable=True")
             if self._known is None:
                 raise RuntimeError(f"call {type(self).__name__}.refresh() before a CUDA graph captures step()")
+            self._noise += 1
         else:
+            self._noise.fill_(self._steps)
             self._steps += 1
             self._show_step()
         if self._coupling_class is Parle:
@@ -239,19 +262,23 @@ class CoupledOptimizer(FlatState):
             self._step_across(self._across, grad_scale)
         else:
             partition, found_inf = replicas.partition, getattr(self, "found_inf", None)
+            masters = replicas.masters
             step_buffers(
-                self._mutated, [replicas.params], [replicas.grads], self._state_rows,
-                [] if replicas.low is None else [replicas.low], replicas.anchor,
+                self._mutated, [masters.rows], [replicas.grads], self._state_rows,
+                [] if masters.low is None else [masters.low], replicas.anchor,
                 replicas.anchor if self._moves_anchor else None, None, self._codes, partition.labels, partition.seed,
                 self.rules, grad_scale, found_inf, self._stats, self.proposal.kernel,
                 self._explicit, self.skip_nonfinite and found_inf is None, PROPOSE | SHARE,
+                corrections=[] if masters.corrections is None else [masters.corrections], scales=self._state_scales,
+                noise=self._noise if self._rounds else None,
             )  # fmt: skip
+            masters.refresh()
         replicas.written()
         return loss
 
     def _step_parle(self, grad_scale: Tensor | None) -> None:
         """Each copy by itself around its point; then, when the period ends, the points."""
-        replicas, coupling = self.replicas, self.coupling
+        replicas, coupling, masters = self.replicas, self.coupling, self.replicas.masters
         assert isinstance(coupling, Parle)
         points, averages = self._buffers["point"], self._buffers["average"]
         ends = self._steps % coupling.every == 0
@@ -260,15 +287,18 @@ class CoupledOptimizer(FlatState):
         stats = self._stats.expand(len(replicas), 4).contiguous()
         for j in range(len(replicas)):
             step_buffers(
-                [*self._mutated, stats], [replicas.params[j]], [replicas.grads[j]], [buffer[j] for buffer in self._state_rows],
-                [] if replicas.low is None else [replicas.low[j]], points[j], averages[j], None, codes, None, None,
+                [*self._mutated, stats], [masters.rows[j]], [replicas.grads[j]], [buffer[j] for buffer in self._state_rows],
+                [] if masters.low is None else [masters.low[j]], points[j], averages[j], None, codes, None, None,
                 self.rules, grad_scale, found_inf, stats[j], self.proposal.kernel, False, False,
-                PROPOSE | SHARE,
+                PROPOSE | SHARE, corrections=[] if masters.corrections is None else [masters.corrections[j]],
+                scales=[scales[j] for scales in self._state_scales],
+                noise=self._noise + (j << 48) if self._rounds else None,
             )  # fmt: skip
         if ends and not found_inf.item():
-            coupling.move_points(replicas.params, points, averages, replicas.mean(points))
-            if replicas.low is not None:
-                replicas.low.copy_(replicas.params)
+            params = replicas.params
+            coupling.move_points(params, points, averages, replicas.mean(points))
+            masters.write_all(params)
+        masters.refresh()
         self._stats[0], self._stats[2:] = stats[:, 0].sum(), stats[0, 2:]
         replicas.written()
         if not (found_inf.item() or replicas.processes):
@@ -277,17 +307,19 @@ class CoupledOptimizer(FlatState):
     def _step_across(self, across: StepAcross, grad_scale: Tensor | None) -> None:
         """This process's copy and those of others."""
         replicas, partition, low = self.replicas, self.replicas.partition, self.replicas.low
-        stats = torch.zeros_like(self._stats)
+        # Where copies meet all of them must know whether one skips; by itself this one's kernel looks, in the same pass.
+        found_inf = self._skips(True) if across.meets else getattr(self, "found_inf", None)
+        stats = torch.zeros_like(self._stats) if across.meets else self._stats
         across(
             replicas.params[0], replicas.grads[0], [buffer[0] for buffer in self._state_rows], None if low is None else low[0],
             replicas.anchor, self._moves_anchor, self._codes, partition.labels, partition.seed, grad_scale,
-            self._skips(across.meets), stats, self.proposal.kernel,
+            found_inf, self.skip_nonfinite and found_inf is None, stats, self.proposal.kernel,
         )  # fmt: skip
         torch.autograd.graph.increment_version(self._mutated)
-        skipped = stats[3] > 0
-        self._stats[0] = torch.where(skipped, self._stats[0], stats[0])
-        self._stats[2] = stats[2]
-        self._stats[3] += stats[3]
+        if across.meets:
+            self._stats[0] = torch.where(stats[3] > 0, self._stats[0], stats[0])
+            self._stats[2] = stats[2]
+            self._stats[3] += stats[3]
 
     def _skips(self, together: bool) -> Tensor:
         """One float, not 0 where the step is to be skipped; `together`: as soon as one process of a group is to skip it.
@@ -388,6 +420,7 @@ class CoupledOptimizer(FlatState):
             "groups": groups,
             "skip_nonfinite": self.skip_nonfinite,
             "capturable": self.capturable,
+            "state_format": self.state_format,
             "unscale": self._step_supports_amp_scaling,
             "state_dict": self.state_dict(),
             "stats": self._stats,
@@ -417,8 +450,9 @@ class CoupledOptimizer(FlatState):
         kept, self._buffers = self._buffers, {}
         for name in self._needed:
             known = kept.pop(name, self._idle.pop(name, None))
-            self._buffers[name] = replicas.rows(len(self._buffers) + 2) if known is None else known
+            self._buffers[name] = self._new_buffer(name, len(self._buffers) + 2) if known is None else known
         self._state_rows = list(self._buffers.values())
+        self._state_scales = [self._scales[name] for name in self._needed if name in self._scales]
         for name in coupling.buffers:  # Parle's points and averages begin where the copies are
             self._buffers[name] = kept[name] if name in kept else replicas.params.clone()
         self._idle |= {k: v for k, v in kept.items() if k in self.proposal.all_buffers}  # momentum of 0 for a while
@@ -426,11 +460,11 @@ class CoupledOptimizer(FlatState):
         self._anchor = replicas.anchor
         shape = len(self.param_groups) * (2 if self._frozen else 1), NUMBERS + (self._coupled() + 1) ** 2 * RULE
         if self.rules.shape != shape:
-            self.rules = torch.zeros(shape, dtype=arithmetic(replicas.params.dtype), device=replicas.params.device)
+            self.rules = torch.zeros(shape, dtype=arithmetic(replicas.dtype), device=replicas.device)
         # What a step writes, under every name: parameters and states share the buffers' memory but no version counter.
         self._show_state()
         self._mutated: list[Tensor] = [p for row in replicas.trained for p in row]
-        self._mutated += [replicas.params, *self._buffers.values(), *self._shown, self._stats]
+        self._mutated += [replicas.masters.rows, *self._buffers.values(), *self._shown, self._stats]
         self._mutated += [replicas.anchor] if self._moves_anchor and replicas.anchor is not None else []
         self._known = None
 
@@ -530,16 +564,27 @@ class CoupledOptimizer(FlatState):
         if replicas.anchor is not self._anchor:
             replicas.check_anchor()
             self._make_buffers()
-        if replicas.params is not self._bound:
-            self._bound = replicas.params
-            device, dtype = replicas.params.device, arithmetic(replicas.params.dtype)
+        if replicas.grads is not self._bound:
+            if self._format and replicas.dtype != torch.float32:
+                raise TypeError(
+                    f"dtype of Replicas must stay float32 with state_format={self.state_format!r}, got {replicas.dtype}"
+                )
+            self._bound = replicas.grads
+            device, dtype = replicas.device, arithmetic(replicas.dtype)
+            self._noise = self._noise.to(device)
+            self._scales = {name: scales.to(device) for name, scales in self._scales.items()}
             self._codes, self._stats = self._codes.to(device), self._stats.to(device)
             self.rules = self.rules.new_empty(0)
             if self._planned is not None:
                 self._planned, self._cursor = self._planned.to(device, dtype), self._cursor.to(device)
             rows = count(2)
             self._buffers, self._idle = (
-                {name: replicas.rows(next(rows)).copy_(buffer) for name, buffer in buffers.items()}
+                {
+                    name: replicas.rows(next(rows), self._format if name in self.proposal.all_buffers else None).copy_(
+                        buffer
+                    )
+                    for name, buffer in buffers.items()
+                }
                 for buffers in (self._buffers, self._idle)
             )
             self._make_buffers()
@@ -621,7 +666,7 @@ class HomotopySGD(CoupledOptimizer):
         lr, momentum, weight_decay, nesterov, maximize: as in torch.optim.SGD, and held in param_groups as there.
         L: the homotopy parameter, 0 ≤ L ≤ ∞; assign `.L` at any time. Smaller is closer; 0 merges the copies.
         mode: "implicit" (stable for every L and lr) or "explicit" (equation (7); warns where it is bound to diverge).
-        groups, skip_nonfinite, capturable, unscale: as in CoupledOptimizer.
+        groups, skip_nonfinite, capturable, state_format, unscale: as in CoupledOptimizer.
 
     Raises:
         ValueError: as CoupledOptimizer.
@@ -641,13 +686,14 @@ class HomotopySGD(CoupledOptimizer):
         groups: Iterable[Mapping[str, Any]] = (),
         skip_nonfinite: bool = True,
         capturable: bool = False,
+        state_format: str = "full",
         unscale: bool = True,
     ):
         if mode not in ("implicit", "explicit"):
             raise ValueError(f"mode must be 'implicit' or 'explicit', got {shown(mode)}")
         super().__init__(
             replicas, SGD(lr, momentum, weight_decay, nesterov, maximize), Homotopy(L) if mode == "implicit" else Explicit(L),
-            groups=groups, skip_nonfinite=skip_nonfinite, capturable=capturable, unscale=unscale,
+            groups=groups, skip_nonfinite=skip_nonfinite, capturable=capturable, state_format=state_format, unscale=unscale,
         )  # fmt: skip
 
 

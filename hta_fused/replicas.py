@@ -53,12 +53,16 @@ class Replicas(FlatCopies):
             write to them counts, but for writes through `.data`, which leave no trace. Those of normalisation layers
             stay float32. All gradients are kept in this dtype. The masters are what
             `state_dict`, `merge` and the optimizer work with.
+        master_format: "full", or with a compute_dtype "split": of each master 24 bits are kept, the compute_dtype's number
+            and a byte of correction (relative error 2⁻¹⁶), 3 bytes for 6. What others write to a parameter then has no
+            correction.
+        anchor_format: "full", or "bfloat16" beside float32.
         group: a process group, or a DeviceMesh of one dimension: each process of it holds one copy, on its own device;
             rank 0 holds copy 0. All processes must make their Replicas together, of models and with arguments that
             agree. Copy 0's values are sent to all; with start="independent" the others are drawn anew after that, into
             each process's model. `copies` is the group's size.
-        communicate: "float32" or "bfloat16": what the processes send their sums in. bfloat16 has eight bits: changes below
-            a few thousandths of a weight are lost in it, so that it is for large steps and loose couplings.
+        communicate: "float32" or "bfloat16": what the processes send their sums in. In bfloat16 it is what has changed since
+            the last sum, to eight bits; that sum is kept in memory, and in no state_dict.
         factory: returns a fresh module like the model, for start="independent" and anchor="random". Without it a deep
             copy of the model is drawn anew by the `reset_parameters` of its modules, which may differ from what
             the model's constructor does; what is frozen stays as it is.
@@ -66,7 +70,8 @@ class Replicas(FlatCopies):
     Attributes:
         copies: the m modules, an nn.ModuleList; `theta` and `eta` are the first two. With a group, this process's.
         count: m; `len` is how many are here.
-        params, grads: [m, N] buffers, a row for each copy (with a group [1, N], and so on).
+        params, grads: [m, N] buffers, a row for each copy (with a group [1, N], and so on). With split masters `params` are
+            made anew, and writing to them changes nothing.
         low: [m, N] in compute_dtype, or None.
         anchor: [N], or None for zero.
         trained: each copy's parameters in the buffer, in `layout`'s order.
@@ -81,6 +86,7 @@ class Replicas(FlatCopies):
     """
 
     anchor: Tensor | None
+    _loaded: list[tuple[int, int, Tensor]]
     accepts_loss_kwargs = False  # for transformers' Trainer, which else takes forward's **kwargs for a yes
 
     def __init__(
@@ -91,11 +97,21 @@ class Replicas(FlatCopies):
         anchor: str | Tensor | Mapping[str, Tensor] = "init",
         start: str | Sequence[nn.Module] = "copy",
         compute_dtype: torch.dtype | None = None,
+        master_format: str = "full",
+        anchor_format: str = "full",
         factory: Callable[[], nn.Module] | None = None,
         group: Any = None,
         communicate: str = "float32",
     ):
-        like, compute_dtype = check_model(model, compute_dtype)
+        like, compute_dtype = check_model(model, compute_dtype, master_format)
+        if anchor_format not in ("full", "bfloat16"):
+            raise ValueError(f"anchor_format must be 'full' or 'bfloat16', got {shown(anchor_format)}")
+        if anchor_format == "bfloat16" and like.dtype != torch.float32:
+            raise ValueError(f"anchor_format='bfloat16' needs parameters of float32, got {like.dtype}")
+        if group is not None and (master_format, anchor_format) != ("full", "full"):
+            raise ValueError(
+                f"master_format and anchor_format must be 'full' with a group, got {master_format!r} and {anchor_format!r}"
+            )
         processes = None if group is None else Processes(group, communicate)
         copies = (processes.size if processes else 2) if copies is None else whole("copies", copies, 1, MAX_COPIES)
         if processes and copies != processes.size:
@@ -118,10 +134,11 @@ class Replicas(FlatCopies):
             here = [_in_place_of(model, here[processes.rank], start)]
             if point is not None:
                 processes.broadcast_(point)
-        super().__init__(here, layout, compute_dtype, processes.rank if processes else 0)
+        super().__init__(here, layout, compute_dtype, processes.rank if processes else 0, master_format)
         self.processes = processes
         self._partition = partition
-        self.register_buffer("anchor", point)
+        self.anchor_format = anchor_format
+        self.register_buffer("anchor", point if point is None or anchor_format == "full" else point.bfloat16())
         self.register_load_state_dict_post_hook(_after_loading)
 
     @property
@@ -154,24 +171,25 @@ class Replicas(FlatCopies):
         anchor = "0" if self.anchor is None else "a point"
         return (
             f"Replicas({len(self)} copies of {type(self.theta).__name__}, {self.layout.numel:,} elements of "
-            f"{self.params.dtype} on {self.params.device}, {self.partition.blocks} blocks, anchor {anchor})"
+            f"{self.dtype} on {self.device}, {self.partition.blocks} blocks, anchor {anchor})"
         )
 
     def check_anchor(self) -> None:
         """Raises ValueError where an anchor that was assigned is not like a copy."""
-        anchor, like = self.anchor, self.params[0]
+        anchor = self.anchor
         if anchor is not None:
-            kinds = [(tuple(t.shape), t.dtype, t.device, t.is_contiguous()) for t in (anchor, like)]
-            if kinds[0] != kinds[1]:
+            dtype = self.dtype if self.anchor_format == "full" else torch.bfloat16
+            wanted = (self.layout.numel,), dtype, self.device
+            if (tuple(anchor.shape), anchor.dtype, anchor.device) != wanted or not anchor.is_contiguous():
                 raise ValueError(
                     "anchor must be a contiguous tensor of shape {}, {} on {}, got {}, {} on {}".format(
-                        *kinds[1][:3], *kinds[0][:3]
+                        *wanted, tuple(anchor.shape), anchor.dtype, anchor.device
                     )
                 )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Replicas":
         super()._apply(fn, recurse)
-        self._partition = self.partition.to(self.params.device)
+        self._partition = self.partition.to(self.device)
         return self
 
     def describe(self) -> None:
@@ -237,7 +255,7 @@ class Replicas(FlatCopies):
         """
 
         passes = zip(self.copies, self._arguments(batches), strict=True)
-        if concurrent and self.params.device.type == "cpu":
+        if concurrent and self.device.type == "cpu":
 
             def one(net: nn.Module, args: tuple[Any, ...]) -> Tensor:
                 value = _one(fn(net, *args))
@@ -248,10 +266,10 @@ class Replicas(FlatCopies):
         losses = []
         streams: list[Any] = [None] * len(self)
         main = None
-        if concurrent and self.params.is_cuda:
-            main = torch.cuda.current_stream(self.params.device)
+        if concurrent and self.device.type == "cuda":
+            main = torch.cuda.current_stream(self.device)
             while len(self._streams) < len(self) - 1:
-                self._streams.append(torch.cuda.Stream(self.params.device))
+                self._streams.append(torch.cuda.Stream(self.device))
             streams[1:] = self._streams
             for stream in self._streams:
                 stream.wait_stream(main)  # before copy 0's work is queued: the others need not wait for it
@@ -275,11 +293,11 @@ class Replicas(FlatCopies):
         With the optimizer's state_dict it is all that the next step reads. What is written to a master in place, rather
         than by `load_state_dict`, reaches the low-precision module at the next step.
         """
-        self._take_low()
+        self.masters.take(self._flat)
         state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        for key, master in self._low_entries(prefix).items():
+        for key, place in self._low_entries(prefix).items():
             if key in state:
-                state[key] = master
+                state[key] = self.masters.read(*place)
         return state
 
     def get_extra_state(self) -> Tensor:
@@ -326,9 +344,9 @@ class Replicas(FlatCopies):
         self._check_state(state_dict, prefix, self.state_dict(prefix=prefix))
         # The anchor is written where it is: the optimizer and captured graphs know it.
         super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "assign_to_params_buffers": False}, *args)
-        for key, master in self._low_entries(prefix).items():
-            if key in state_dict:
-                master.copy_(state_dict[key])
+        self._loaded = [
+            (*place, state_dict[key]) for key, place in self._low_entries(prefix).items() if key in state_dict
+        ]
 
     def _check_state(self, state_dict: Mapping[str, Any], prefix: str, mine: Mapping[str, Any]) -> None:
         """Raises where an entry of a state_dict does not fit."""
@@ -356,7 +374,8 @@ class Replicas(FlatCopies):
         if self.processes:
             own = (self.params[0] - self.processes.mean(self.params[0])).double().square().sum()
             return float((self.processes.sum(own) * self.count) ** 0.5)
-        gaps = (self.params - self.params[0]).double()
+        params = self.params
+        gaps = (params - params[0]).double()
         return float(torch.linalg.vector_norm(gaps - gaps.mean(0)) * len(self) ** 0.5)
 
     @torch.no_grad()
@@ -385,7 +404,7 @@ class Replicas(FlatCopies):
             if buffer.is_floating_point():
                 buffer.copy_(self.mean(torch.stack(same)))
         if loader is not None:
-            update_bn(loader, merged, device=self.params.device)
+            update_bn(loader, merged, device=self.device)
         return merged
 
     def mean(self, rows: Tensor) -> Tensor:
@@ -437,7 +456,11 @@ def _identity(model, partition, like, compute_dtype, anchor, start, communicate)
     }
 
 
+@torch.no_grad()
 def _after_loading(replicas: Replicas, incompatible_keys: Any) -> None:
+    for row, i, value in replicas._loaded:  # of which the copies' own loading has written no more than they can hold
+        replicas.masters.write(row, i, value)
+    replicas._loaded = []
     if not replicas._unchanged():
         replicas.rebind()  # assign=True replaces parameters
     replicas.written()

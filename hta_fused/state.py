@@ -1,6 +1,6 @@
 """An optimizer's state over flat buffers: shown in torch's own layout, and whatever is done to it there is what counts.
 
-Owns the buffers' meaning, and no arithmetic. Imports checks.py, couplings.py, proposals.py and replicas.py.
+Owns the buffers' meaning, and no arithmetic. Imports checks.py, couplings.py, kernels/formats.py, proposals.py and replicas.py.
 """
 
 import math
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from . import couplings
 from .checks import number, shown
 from .couplings import Coupling, Parle
+from .kernels.formats import SCALED, packed, unpack
 from .proposals import SGD, Proposal
 from .replicas import Replicas
+
+STATE_FORMATS = {"full": None, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
 
 
 class FlatState(torch.optim.Optimizer):
@@ -27,6 +30,8 @@ class FlatState(torch.optim.Optimizer):
     _coupling_class: type[Coupling]
     _buffers: dict[str, Tensor]  # [m, N] each, by torch's names
     _idle: dict[str, Tensor]  # those of which there is no need at the moment
+    _scales: dict[str, Tensor]  # of those in bytes, [m, N / SCALED], by the same names
+    _format: torch.dtype | None  # the proposal's buffers' where it is not the values'
     _state_rows: list[Tensor]  # the proposal's among _buffers
     _index_of: dict[int, int]  # the layout's number of copy 0's parameters, by id
     _steps: int  # done so far, skipped ones included
@@ -63,11 +68,61 @@ class FlatState(torch.optim.Optimizer):
             self._show_step()
         return self._steps
 
+    def _new_buffer(self, name: str, number: int) -> Tensor:
+        """Zeros for a buffer of the proposal's, [m, N]."""
+        if self._format == torch.uint8:
+            like = self.replicas.grads
+            self._scales[name] = torch.zeros(
+                len(like), like.shape[1] // SCALED, dtype=torch.float32, device=like.device
+            )
+        return self.replicas.rows(number, self._format)
+
+    def _is_square(self, name: str) -> bool:
+        """Whether a buffer in bytes holds squares, as csrc/args.h's state_row has it."""
+        return name in self.proposal.all_buffers[1:]
+
+    def _read(self, name: str) -> Tensor:
+        """A buffer's numbers, [m, N]: itself, or where it is in bytes made anew."""
+        buffer = self._buffers.get(name, self._idle.get(name))
+        assert buffer is not None
+        if name not in self._scales:
+            return buffer
+        square = self._is_square(name)
+        return torch.stack([unpack(row, scale, square) for row, scale in zip(buffer, self._scales[name], strict=True)])
+
+    def _write(self, name: str, values: Tensor) -> None:
+        """Puts numbers [m, N] into a buffer in bytes; what `_read` gave comes back to the bit."""
+        buffer = self._buffers.get(name, self._idle.get(name))
+        assert buffer is not None
+        for row, scale, of in zip(buffer, self._scales[name], values, strict=True):
+            for kept, wanted in zip((row, scale), packed(of, row, scale, None, self._is_square(name)), strict=True):
+                kept.copy_(wanted)
+
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim.Optimizer.state_dict. Each group holds the coupling's settings and how many `steps` were done."""
+        """As torch.optim.Optimizer.state_dict; buffers in bytes come as float32. Each group holds the coupling's settings and
+        how many `steps` were done."""
         for group in self.param_groups:
             group["steps"] = self.steps
-        return super().state_dict()
+        if not self._scales:
+            return super().state_dict()
+
+        def fill(optimizer: Any, state: dict[str, Any]) -> None:  # before the user's own hooks have their say
+            numbers = {
+                id(p): key
+                for group, saved in zip(self.param_groups, state["param_groups"], strict=True)
+                for p, key in zip(group["params"], saved["params"], strict=True)
+            }
+            for name in self._scales:
+                for parameters, row in zip(self.replicas.trained, self._read(name), strict=True):
+                    for parameter, view in zip(parameters, self.replicas.layout.views(row), strict=True):
+                        key = numbers[id(parameter)]
+                        state["state"][key] = {**state["state"].get(key, {}), name: view.clone()}
+
+        hook = self.register_state_dict_post_hook(fill, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim.Optimizer.load_state_dict; what it holds goes into the flat buffers.
@@ -114,8 +169,8 @@ class FlatState(torch.optim.Optimizer):
         self._take_edits()
         groups, state, count = [], {}, 0
         views = {
-            name: self.replicas.layout.views(self.replicas.mean(buffer) if row is None else buffer[row])
-            for name, buffer in (self._idle | self._buffers).items()
+            name: self.replicas.layout.views(self.replicas.mean(values) if row is None else values[row])
+            for name, values in ((name, self._read(name)) for name in (self._idle | self._buffers))
         }
         one = self.proposal.torch_optimizer([nn.Parameter(torch.empty(0))], lr=self.proposal.lr)
         defaults = {k: v for k, v in one.param_groups[0].items() if k != "params"}
@@ -124,7 +179,9 @@ class FlatState(torch.optim.Optimizer):
             settings = {k: v for k, v in group.items() if k in {*defaults, "initial_lr"}}
             groups.append({**defaults, **settings, "params": list(range(count, count + len(indices)))})
             for i in indices:
-                state[count] = {name: views[name][i].clone() for name in self._proposal_of(group).buffers}
+                state[count] = {
+                    name: views[name][i].to(self.replicas.dtype, copy=True) for name in self._proposal_of(group).buffers
+                }
                 if not isinstance(self.proposal, SGD):
                     state[count]["step"] = torch.tensor(float(self.steps), device="cpu")
                 count += 1
@@ -170,10 +227,13 @@ class FlatState(torch.optim.Optimizer):
                 {k: v for k, v in saved.items() if k != "params" and k in {*settings_of(self.proposal), "initial_lr"}}
             )
         self._make_buffers()
-        views = {name: layout.views(buffer[row]) for name, buffer in self._buffers.items()}
+        values = {name: self._read(name) for name in self._buffers}
+        views = {name: layout.views(of[row]) for name, of in values.items()}
         for name, i, buffer in plan:
             if name in views:
                 views[name][i].zero_() if buffer is None else views[name][i].copy_(buffer)
+        for name in values.keys() & self._scales.keys():
+            self._write(name, values[name])
         self._set_steps(steps.pop() if steps else self.steps)
 
     def _row(self, copy: int | str, *more: str) -> int | None:
@@ -244,22 +304,29 @@ class FlatState(torch.optim.Optimizer):
         return steps.pop()
 
     @torch.no_grad()  # what others put there may require gradients
-    def _take_entries(self, entries: Mapping[Any, Mapping[str, Any]]) -> None:
-        """Copies what state holds for each parameter into the buffers: zero for what it lacks, for Parle's the copies."""
+    def _take_entries(self, entries: Mapping[Any, Mapping[str, Any]], shown: bool) -> None:
+        """Copies what state holds for each parameter into the buffers: zero for what it lacks, for Parle's the copies.
+
+        shown: whether it is `self.state`, which does not show buffers in bytes.
+        """
         ours = {id(tensor) for tensor in self._shown}
         replicas, layout = self.replicas, self.replicas.layout
         named = {name for row in replicas.trained for p in row for name in entries.get(p, {})}
         kept = [name for name in self.proposal.all_buffers if name in named and name not in self._buffers]
         for name in kept:  # of no use until a momentum is set
-            self._idle.setdefault(name, replicas.rows(len(self._state_rows) + 2))
+            if name not in self._idle:
+                self._idle[name] = self._new_buffer(name, len(self._state_rows) + 2)
         plan = []
-        for name, buffer in (self._buffers | {name: self._idle[name] for name in kept}).items():
+        values = {name: self._read(name) for name in (*self._buffers, *kept)}
+        for name, buffer in values.items():
             for row, parameters in enumerate(replicas.trained):
                 for i, (parameter, view) in enumerate(zip(parameters, layout.views(buffer[row]), strict=True)):
                     value = entries.get(parameter, {}).get(name)
+                    if value is None and shown and name in self._scales:
+                        continue
                     if value is None:
                         value = (
-                            replicas.masters[row][i]
+                            replicas.masters.read(row, i)
                             if name in self._coupling_class.buffers
                             else torch.zeros((), device="cpu")
                         )
@@ -270,6 +337,8 @@ class FlatState(torch.optim.Optimizer):
                     plan.append((view, value))
         for view, value in plan:
             view.copy_(value)
+        for name in values.keys() & self._scales.keys():
+            self._write(name, values[name])
 
     def _take_state(self, state_dict: dict[str, Any]) -> None:
         """Brings what a state_dict holds (itself: torch has cast its copies to the parameters' dtype) into the buffers."""
@@ -278,7 +347,7 @@ class FlatState(torch.optim.Optimizer):
         self._make_buffers()
         entries = self._by_parameter(state_dict)
         steps = self._check_entries("state_dict", entries)
-        self._take_entries(entries)
+        self._take_entries(entries, shown=False)
         self._set_steps(clock if steps is None else steps)
 
     def _by_parameter(self, state_dict: Mapping[str, Any]) -> dict[Any, Mapping[str, Any]]:
@@ -295,7 +364,7 @@ class FlatState(torch.optim.Optimizer):
             edited = True
         if edited:
             steps = self._check_entries("state", self.state)
-            self._take_entries(self.state)
+            self._take_entries(self.state, shown=True)
             self._show_state()
             if not isinstance(self.proposal, SGD):
                 self._set_steps(steps or 0)
@@ -310,7 +379,11 @@ class FlatState(torch.optim.Optimizer):
         ours = {"step", *self.proposal.all_buffers, *Parle.buffers}
         self._shown = []
         for row, parameters in enumerate(self.replicas.trained):
-            tensors = {name: self.replicas.layout.tensors(buffer[row]) for name, buffer in self._buffers.items()}
+            tensors = {
+                name: self.replicas.layout.tensors(buffer[row])
+                for name, buffer in self._buffers.items()
+                if name not in self._scales
+            }
             for i, parameter in enumerate(parameters):
                 theirs = {name: value for name, value in self.state.get(parameter, {}).items() if name not in ours}
                 self.state[parameter] = step | {name: of[i] for name, of in tensors.items()} | theirs

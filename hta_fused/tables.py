@@ -13,8 +13,8 @@ from .kernels.reference import MAX_COPIES
 def implicit(L: float, lr: float, copies: int = 2) -> torch.Tensor:
     """The proximal map of equation (3)'s quadratic terms, as one table per label.
 
-    With γ = lr (of SGD with momentum μ: lr/(1 − μ)), copy j's new value x_j minimises Σ_j |x_j − a_j|²/(2γ)
-    + Σ_{j anchored} L|x_j − θ̃|² + Σ_{i<j} |x_i − x_j|²/L. Every row is non-negative and sums to 1, so the step is stable
+    With γ = lr (of SGD with momentum μ: lr/(1 − μ)), copy j's new value x_j minimises Σ_j (x_j − a_j)²/(2γ)
+    + Σ_{j anchored} L·(x_j − θ̃)² + Σ_{i<j} (x_i − x_j)²/L. Every row is non-negative and sums to 1, so the step is stable
     for every γ and L. L = 0 gives the mean of the proposals (the merge), L = ∞ the decoupled problems of equation (2).
 
     Args:

@@ -1,11 +1,10 @@
 """What the commands share: help that fits a terminal, errors in one line, checks that come before the work.
 
-Imports nothing of the package.
+Imports extras.py alone.
 """
 
 import argparse
 import difflib
-import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+from . import extras
 
 FAILURE, USAGE = 1, 2  # exit statuses: something went wrong; the command line asks for what there is not
 
@@ -63,11 +64,11 @@ class Parser(argparse.ArgumentParser):
             what = f"{what.filename}: {what.strerror}" if what.filename else what.strerror
         print(f"{self.prog.split()[0]}: {' '.join(str(what).split())}", file=sys.stderr, flush=True)
 
-    def need(self, *modules: str) -> None:
+    def need(self, extra: str) -> None:
         """Refuses to begin where what the command imports later is not installed."""
-        for module in modules:
-            if importlib.util.find_spec(module) is None:
-                self.fail(f"{module} is not installed: pip install 'hta_fused[train]'")
+        line = extras.missing(extra)
+        if line:
+            self.fail(line)
 
     def check_folder(self, flag: str, folder: Path, written: bool = True) -> None:
         """Refuses what cannot be a folder (to write to). Makes nothing."""
@@ -82,6 +83,12 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{where} is a file, not a folder")
         if written and not os.access(place, os.W_OK | os.X_OK):
             self.fail(f"{where} may not be written to")
+
+
+def called(command: str) -> str:
+    """How a command is to be typed here: as this program was started, where the PATH does not find it."""
+    started = sys.argv[0]
+    return started if Path(started).name == command and shutil.which(command) is None else command
 
 
 # argparse's errors.

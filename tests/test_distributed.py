@@ -330,8 +330,8 @@ def test_bytes_sent():
     cases = [(coupling, communicate) for coupling in couples for communicate in ("float32", "bfloat16")]
     for results in run(counted, 2, cases):
         for (coupling, communicate), (sent, n) in zip(cases, results, strict=True):
-            size = 4 if communicate == "float32" or coupling == "Parle" else 2
-            assert sent == [c * (n * size + flag) for c in couples[coupling]], coupling
+            sizes = iter([4, *[4 if communicate == "float32" or coupling == "Parle" else 2] * 6])  # the first is whole
+            assert sent == [c and n * next(sizes) + flag for c in couples[coupling]], coupling
 
 
 def halved(rank, size):
@@ -356,6 +356,32 @@ def test_bfloat16_sums_are_close_and_merge():
     assert torch.equal(low, other_low)  # at L = 0 all have what was sent
     assert not torch.equal(one, low)
     assert float((one - low).norm()) < 2e-2 * float(one.norm())
+
+
+def crept(rank, size, skips):
+    """Many small steps of copies that are held tightly together, from sums in float32 and in bfloat16."""
+    results = []
+    for communicate in ("float32", "bfloat16"):
+        replicas = hta.Replicas(seeded(Smooth), group=dist.group.WORLD, communicate=communicate)
+        start = replicas.params[0].clone()
+        optimizer = hta.HomotopySGD(replicas, 1e-4, 0.9, L=1e-5)
+        x, y = data(10, size)
+        for step in range(300):
+            optimizer.zero_grad()
+            replicas.backward(loss, (x[step % 10, rank], y[step % 10, rank]))
+            if skips and step % 50 in (7, 8) and rank == 1:
+                replicas.grads[0, 5] = math.nan
+            optimizer.step()
+        results.append(replicas.params[0] - start)
+    return (*results, optimizer.stats.skipped)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_bfloat16_sums_keep_small_changes(skips):
+    """A step changes the weights by less than a ten-thousandth, where bfloat16 has steps of thousandths."""
+    for whole, halved, skipped in run(crept, 2, skips):
+        assert float((whole - halved).norm()) < 1e-3 * float(whole.norm())
+        assert skipped == (12 if skips else 0)
 
 
 def on_a_mesh(rank, size):
@@ -440,6 +466,39 @@ def test_a_state_of_all_copies_loads_into_their_processes():
         assert torch.equal(params, whole.params[j])
         assert len(messages) == 2
         assert all("state_dict must hold copy" in message for message in messages)
+
+
+def begun_anew(rank, size, state, steps):
+    """A merged network, and as many copies of it as there are processes."""
+    net = seeded(Smooth)
+    net.load_state_dict(state)
+    replicas = hta.Replicas(net, group=dist.group.WORLD)
+    optimizer = hta.CoupledOptimizer(replicas, PROPOSALS["SGD"], COUPLINGS["Homotopy"])
+    x, y = data(steps, size)
+    for step in range(steps):
+        optimizer.zero_grad()
+        replicas.backward(loss, (x[step, rank], y[step, rank]))
+        optimizer.step()
+    return replicas.params[0].clone(), replicas.merge().state_dict()
+
+
+def test_merged_first_another_number_of_processes_goes_on():
+    """Three go on with what two have merged, and one process with what three have."""
+    (_, merged), _ = run(begun_anew, 2, seeded(Smooth).state_dict(), 5)
+    three = run(begun_anew, 3, merged, 5)
+    net = seeded(Smooth)
+    net.load_state_dict(merged)
+    whole = hta.Replicas(net, 3)
+    optimizer = hta.CoupledOptimizer(whole, PROPOSALS["SGD"], COUPLINGS["Homotopy"])
+    x, y = data(5, 3)
+    for step in range(5):
+        optimizer.zero_grad()
+        whole.backward(loss, *zip(x[step], y[step], strict=True))
+        optimizer.step()
+    for params, wanted in zip(three, whole.params, strict=True):
+        assert float((params[0] - wanted).norm()) < 1e-6 * float(wanted.norm())
+    for name, value in whole.merge().state_dict().items():
+        torch.testing.assert_close(three[0][1][name], value, rtol=1e-5, atol=1e-7)
 
 
 def test_each_process_resumes_from_its_own_state():

@@ -145,7 +145,7 @@ class Pretended:
 
 def settings(tmp_path, **changed):
     return Settings(
-        dataset="synthetic", width=0.0625, epochs=3, epochs_per_L=1, L_start=0.01, L_stop=0.009, batch_size=60,
+        dataset="synthetic", width=0.0625, epochs=3, epochs_per_L=1, L_start=0.01, L_stop=0.009, batch_size=60, seeds=1,
         out=tmp_path, device="cpu", **changed,
     )  # fmt: skip
 

@@ -160,7 +160,7 @@ def test_a_step_cut_at_its_sum_is_the_whole_step(backend, m, proposal):
     def run(used, sums, phase):
         step([used["copies"]], [used["grads"]] if phase & 1 else [], used["states"] if phase & 1 else [], [], used["anchor"],
              None, sums, labels.codes, labels.labels, None, rules, None, None, used["stats"], proposal.kernel, False, True,
-             phase)  # fmt: skip
+             phase, [], [], None)  # fmt: skip
 
     whole, cut, sums = clones(tensors), clones(tensors), torch.full((n,), 7.0)
     run(whole, None, 3)
@@ -190,7 +190,8 @@ def test_copies_by_themselves_whose_parts_are_summed_are_the_whole_step(backend,
         states = [v for buffer in used["states"] for v in buffer[rows]] if phase & 1 else []
         moved = used["anchor"] if coupling.moves_anchor and phase & 2 else None
         step([*copies], [*grads] if phase & 1 else [], states, [], used["anchor"], moved, sums, codes, bytes_, seed,
-             rules, None, None, used["stats"], proposal.kernel, False, False, phase)  # fmt: skip
+             rules, None, None, used["stats"], proposal.kernel, False, False, phase, [], [],
+             None)  # fmt: skip
 
     whole, cut = clones(tensors), clones(tensors)
     for used in (whole, cut):
@@ -290,7 +291,8 @@ def test_codes_that_name_nothing_are_read_as_harmless(backend):
     stats = torch.zeros(4, dtype=torch.float64)
     rules = ops.rules_of(hta.SGD(0.1), hta.Homotopy(0.1), 2)[None].to(stats.device, torch.float32)
     step = kernels.kernels(copies).step_
-    step([copies], [grads], [], [], None, None, None, codes, None, None, rules, None, None, stats, 0, False, False, 3)
+    step([copies], [grads], [], [], None, None, None, codes, None, None, rules, None, None, stats, 0, False, False, 3, [], [],
+         None)  # fmt: skip
     assert copies.isfinite().all()
     assert stats[2] == 0
 
@@ -400,7 +402,7 @@ def nvrtc_targets() -> list[str]:
 @pytest.mark.parametrize("arch", nvrtc_targets())
 def test_nvrtc_compiles_every_kernel_without_spills(arch, tmp_path):
     kernel_names = emulation.library().kernel_names().decode().split()
-    expressions = ["hta::gpu::" + re.sub(r"\b(Half|BFloat16|Sgd|AdamW)\b", r"hta::\1", name) for name in kernel_names]
+    expressions = ["hta::gpu::" + re.sub(r"\b(Half|BFloat16|Packed|Sgd|AdamW)\b", r"hta::\1", name) for name in kernel_names]
     lowered, cubin = nvrtc.compile_program(expressions, arch)
     used = resources(cubin, tmp_path)
     for name, symbol in zip(kernel_names, lowered, strict=True):

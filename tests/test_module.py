@@ -69,7 +69,10 @@ def test_every_tensor_that_can_be_saved_has_a_storage_of_its_own(channels_last, 
     model = Net().to(memory_format=torch.channels_last) if channels_last else Net()
     replicas = hta.Replicas(model, compute_dtype=compute_dtype)
     optimizer = hta.CoupledOptimizer(replicas, hta.AdamW(), hta.Homotopy())
-    tensors = [*replicas.parameters(), *replicas.masters[0], *replicas.masters[1]]
+    tensors = [
+        *replicas.parameters(),
+        *(replicas.masters.read(row, i) for row in (0, 1) for i in range(len(replicas.trained[0]))),
+    ]
     tensors += [v for entry in optimizer.state.values() for k, v in entry.items() if k != "step"]
     distinct = {t.data_ptr(): t for t in tensors}.values()
     for t in distinct:

@@ -347,7 +347,26 @@ def op_arguments(dtype=torch.float32, n=2100, m=2):
     rules = ops.rules_of(hta.SGD(0.1, 0.9), hta.Explicit(0.1), m)[None].to(stats.device, dtype)
     pattern_ = (labels.codes, labels.labels, labels.seed, rules)
     return {
-        "step_": ([x], [g], list(v), [], anchor, anchor.clone(), None, *pattern_, None, None, stats, 0, False, True, 3),
+        "step_": (
+            [x],
+            [g],
+            list(v),
+            [],
+            anchor,
+            anchor.clone(),
+            None,
+            *pattern_,
+            None,
+            None,
+            stats,
+            0,
+            False,
+            True,
+            3,
+            [],
+            [],
+            None,
+        ),
         "penalty": (list(x), anchor, *pattern_),
         "penalty_accumulate_": ([g], [x], anchor, *pattern_),
     }

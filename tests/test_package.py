@@ -1,17 +1,21 @@
 """The package as people meet it: the README's code, wheels in a clean environment, an install without a compiler."""
 
+import email
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import hta_fused as hta
+from hta_fused.extras import EXTRAS
 
 ROOT = Path(__file__).parent.parent
 SMOKE = """
@@ -27,17 +31,13 @@ print(hta.backends()["cpu"])
 """
 
 
-def test_the_readmes_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
-    assert len([line for line in blocks[0].splitlines() if line.strip()]) < 20
+def test_the_readmes_code_runs_and_is_short():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len([line for line in block.splitlines() if line.strip()]) < 25
     scope: dict = {}
-    exec(blocks[0], scope)
+    exec(block, scope)
     assert scope["optimizer"].stats.distance == 0
-    assert scope["merged"](scope["images"]).shape == (256, 10)
-    exec(blocks[1], scope)
-    assert scope["result"].f < 1e-8
-    assert scope["result"].jumps
+    assert scope["merged"](scope["inputs"]).shape == (256, 2)
 
 
 def test_every_public_name_is_documented():
@@ -70,7 +70,7 @@ def source(tmp_path):
     """The sources as a clean checkout has them."""
     for name in ("csrc", "hta_fused", "bench"):
         shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path / "source" / name)
     return tmp_path / "source"
 
@@ -107,6 +107,90 @@ def test_without_a_compiler_the_install_succeeds_and_says_so(source, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "the extension was not built" in done.stdout
     assert "several times slower" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    """pyproject.toml's [project]."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads pyproject.toml")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def extra(project: dict, name: str) -> list[Requirement]:
+    """What an extra installs, through other extras too."""
+    found = []
+    for wanted in map(Requirement, project["optional-dependencies"][name]):
+        if wanted.name != "hta_fused":
+            found.append(wanted)
+        for other in wanted.extras:
+            found += extra(project, other)
+    return found
+
+
+def test_the_extras_bring_what_the_package_imports(project):
+    for name, modules in EXTRAS.items():
+        assert {r.name for r in extra(project, name)} == {"scikit-learn" if m == "sklearn" else m for m in modules}
+
+
+@pytest.mark.parametrize(
+    ("file", "extras"), [("requirements.txt", ("dev",)), ("tests/clients/requirements.txt", ("clients",))]
+)
+def test_the_pins_lie_in_the_ranges_that_the_metadata_state(project, file, extras):
+    pins = dict(line.split("==") for line in (ROOT / file).read_text().splitlines() if not line.startswith("#"))
+    wanted = [*map(Requirement, project["dependencies"]), *(r for name in extras for r in extra(project, name))]
+    for requirement in wanted:
+        assert requirement.specifier.contains(pins[requirement.name]), requirement
+
+
+def test_the_sdist_is_whole_and_its_metadata_are_the_projects(source, project, tmp_path):
+    """Made where there is no compiler, as anybody might: the sources must be in it all the same."""
+    shutil.copytree(ROOT / "tests", source / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    (source / "hta_fused" / "_C.so").touch()  # left by a build in place
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    assert path.name == f"hta_fused-{hta.__version__}.tar.gz"
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        metadata = email.message_from_bytes(archive.extractfile(f"{path.name[:-7]}/PKG-INFO").read())
+    for folder in ("csrc", "hta_fused", "tests"):
+        for file in (ROOT / folder).rglob("*.*"):
+            if file.suffix not in (".so", ".pyc"):
+                assert str(file.relative_to(ROOT)) in names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "bench/triad.cpp", "bench/gpu/cli.py"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+    assert metadata["Version"] == hta.__version__
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["Requires-Python"] == project["requires-python"]
+    assert set(metadata.get_all("Provides-Extra")) == {*EXTRAS, "clients", "dev"}
+    required = [Requirement(text) for text in metadata.get_all("Requires-Dist") if "extra ==" not in text]
+    assert {str(r) for r in required} == set(project["dependencies"])
+
+
+@pytest.mark.skipif(not hta.backends()["cpu"].startswith("available"), reason="no C++ compiler")
+@pytest.mark.parametrize("found", ["", "2.9.1", "this one"])
+def test_pip_is_asked_for_torch_only_where_there_is_none_that_serves(source, tmp_path, found):
+    """As under build isolation: setuptools is on the path, and what is installed here is not."""
+    here, place = Path(sysconfig.get_path("purelib")), tmp_path / "site"
+    place.mkdir()
+    if found:
+        (place / "torch.dist-info").mkdir()
+        (place / "torch.dist-info" / "METADATA").write_text(f"Name: torch\nVersion: {found}\n")
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "setuptools").symlink_to(here / "setuptools")
+    code = f"""
+import site, sys
+sys.path = [path for path in sys.path if not path.endswith("-packages")]
+site.getsitepackages, site.getusersitepackages = list, lambda: {str(here if found == "this one" else place)!r}
+from setuptools import build_meta
+print(build_meta.get_requires_for_build_wheel())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "tools")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ("[]" if found == "this one" else "['torch>=2.10']")
 
 
 def setup_py(**environment: str) -> subprocess.CompletedProcess:

@@ -96,7 +96,7 @@ def test_every_command_leaves_a_table_a_csv_and_a_picture(tmp_path, capsys, expe
         ([], "EXPERIMENT is missing"),
         (
             ["tabel1", "--out", "x"],
-            "EXPERIMENT must be one of table1, figure1, convergence, path, table2, table3, figure2",
+            "EXPERIMENT must be one of table1, figure1, convergence, path, map, table2, table3, figure2",
         ),
         (["table1"], "--out is missing"),
         (["table1", "--outt", "x", "--out", "x"], "unknown flag --outt: did you mean --out?"),

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from hta_fused.paper import cli, networks, runs, smalldata
 from hta_fused.train import Settings
@@ -17,7 +18,9 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize(("experiment", "methods"), [("table2", 3), ("table3", 3), ("figure2", 3), ("dropout", 6)])
+@pytest.mark.parametrize(
+    ("experiment", "methods"), [("table2", 3), ("table3", 3), ("figure2", 3), ("dropout", 6), ("formats", 5)]
+)
 def test_a_command_leaves_table_epochs_and_picture(tmp_path, capsys, experiment, methods):
     cli.main([experiment, "--scale", "quick", "--out", str(tmp_path)])
     table, epochs = read(tmp_path / f"{experiment}.csv"), read(tmp_path / f"{experiment}-epochs.csv")
@@ -29,6 +32,20 @@ def test_a_command_leaves_table_epochs_and_picture(tmp_path, capsys, experiment,
         assert int(row["work"]) == sum(int(e["copies"]) for e in mine)
         said = float(row["accuracy, %"]) if experiment == "table3" else 100 - float(row["error, %"])
         assert said == pytest.approx(float(mine[-1]["test_accuracy"]), abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("scale", "gpu", "warns"), [("full", False, True), ("full", True, False), ("cpu", False, False)]
+)
+def test_the_full_scale_says_that_it_takes_long_without_a_gpu(tmp_path, monkeypatch, capsys, scale, gpu, warns):
+    begun = []
+    monkeypatch.setitem(cli.TRAINED, "table2", (lambda out, scale: begun.append(scale.name), networks.SCALES))
+    monkeypatch.setattr(cli.machine, "check", lambda settings: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    cli.main(["table2", "--scale", scale, "--seeds", "2", "--out", str(tmp_path)])
+    line = "hta-reproduce: --scale full is for a GPU, and will take very long on this CPU (300 epochs a run, 2 seeds); see --scale cpu\n"
+    assert capsys.readouterr().err == (line if warns else "")
+    assert begun == [scale]
 
 
 def test_figure3_goes_on_with_what_table3_has_trained_and_other_settings_are_refused(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""What HTA is compared with in the trainer: local SGD, a schedule that couples tightly, then loosely, few images, masks."""
+"""What HTA is compared with in the trainer: local SGD, DiLoCo, a schedule that couples tightly, then loosely, few images, masks."""
 
 import math
 from dataclasses import replace
@@ -15,6 +15,7 @@ TINY = Settings(
     width=0.125,
     epochs=2,
     method="hta",
+    seeds=1,
     threads=1,
     device="cpu",
     schedule="constant",
@@ -32,11 +33,13 @@ def flat(net):
     return torch.cat([p.detach().reshape(-1) for p in net.parameters()])
 
 
-def test_average_is_local_sgd_by_hand():
-    """Two copies of torch.optim.SGD on their own batches, averaged every second step."""
-    settings = replace(
-        TINY, coupling="average", every=2, partition="none", batches="own", dropout=0.0, batch_norm=False
-    )
+def by_hand(coupling, meet):
+    """Two copies of torch.optim.SGD on their own batches, which meet every second step; beside the trainer's.
+
+    Args:
+        meet: the parameters' mean, flat, to the point from which both go on.
+    """
+    settings = replace(TINY, coupling=coupling, every=2, partition="none", batches="own", dropout=0.0, batch_norm=False)
     run = run_of(settings)
     nets = [network(settings) for _ in range(2)]
     for net in nets:
@@ -56,13 +59,43 @@ def test_average_is_local_sgd_by_hand():
             torch.nn.functional.cross_entropy(net(images), labels).backward()
             optimizer.step()
         if step % 2 == 0:
-            mean = torch.stack([flat(net) for net in nets]).mean(0)
+            mean = meet(torch.stack([flat(net) for net in nets]).mean(0))
             for net in nets:
                 for p, part in zip(net.parameters(), mean.split([p.numel() for p in net.parameters()]), strict=True):
                     p.data.copy_(part.view(p.shape))
         for ours, theirs in zip(run.phase.networks, nets, strict=True):
             torch.testing.assert_close(flat(ours), flat(theirs), rtol=2e-5, atol=2e-6)
     assert math.isnan(run.phase.L)
+
+
+def test_average_is_local_sgd_by_hand():
+    by_hand("average", lambda mean: mean)
+
+
+def test_diloco_is_sgd_on_what_the_mean_has_moved_by_hand():
+    """v ← 0.9 v + d, x ← x − 0.7 (d + 0.9 v), where d is by how much the mean has fallen short of x, the last common point."""
+    torch.manual_seed(JOB.seed)
+    x = flat(network(replace(TINY, batch_norm=False)))
+    v = torch.zeros_like(x)
+
+    def meet(mean):
+        nonlocal x, v
+        d = x - mean
+        v = 0.9 * v + d
+        x = x - 0.7 * (d + 0.9 * v)
+        return x
+
+    by_hand("diloco", meet)
+
+
+def test_diloco_goes_on_where_it_was(tmp_path):
+    settings = replace(TINY, coupling="diloco", every=3, partition="none", batches="own", epochs_per_L=2)
+    assert Trainer(replace(settings, out=tmp_path / "whole"), report=lambda _: None).train()
+    cut, batches = replace(settings, out=tmp_path / "cut"), iter(range(100))
+    assert not Trainer(cut, report=lambda _: None, stop=lambda: next(batches) == 4).train()  # between two meetings
+    assert Trainer.resume(cut.out, report=lambda _: None).train()
+    whole, again = (torch.load(tmp_path / of / "diloco-seed0.pt") for of in ("whole", "cut"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
 def test_tight_then_loose_then_merged():
@@ -156,6 +189,9 @@ def test_no_blocks_anchor_nothing():
             "partition must be none where the schedule is tight-loose-merge",
         ),
         (dict(schedule="tight-loose-merge", L_start=2.0, L_stop=1.0), "L_start must be at most L_stop, 1.0"),
+        (dict(coupling="diloco"), "partition must be none where the coupling is diloco, got 'conv_blocks'"),
+        (dict(outer_lr=0.0), "outer_lr must be positive and finite, got 0.0"),
+        (dict(outer_momentum=1.0), "outer_momentum must be under 1, got 1.0"),
         (dict(validate=True), "validate must have images to test on: give train_images"),
         (dict(dropout=1.0), "dropout must be at least 0 and under 1, got 1.0"),
         (dict(dropout=math.nan), "dropout must be at least 0 and under 1, got nan"),

@@ -10,19 +10,29 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 from bad_command_lines import CASES
 
+from hta_fused import terminal
 from hta_fused.paper import cli as paper_cli
 from hta_fused.train import Settings, Trainer, cli, machine, report
 
 TINY = Settings(
-    dataset="synthetic", method="hta", width=0.125, epochs=3, L_stop=0.009, batch_size=128, threads=1, device="cpu"
+    dataset="synthetic",
+    method="hta",
+    width=0.125,
+    epochs=3,
+    L_stop=0.009,
+    batch_size=128,
+    seeds=1,
+    threads=1,
+    device="cpu",
 )
 FLAGS = ["--dataset", "synthetic", "--method", "hta", "--width", "0.125", "--epochs", "3", "--L-stop", "0.009"]
-FLAGS += ["--batch-size", "128", "--threads", "1", "--device", "cpu"]
+FLAGS += ["--batch-size", "128", "--seeds", "1", "--threads", "1", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +136,7 @@ def test_a_gpu_is_refused_where_there_is_none_or_too_few(monkeypatch, capsys):
 
 def test_a_package_that_is_missing_is_named(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sklearn" else name)
-    assert refused([], capsys) == (1, "hta-train: sklearn is not installed: pip install 'hta_fused[train]'\n")
+    assert refused([], capsys) == (1, "hta-train: hta_fused.train needs sklearn: pip install 'hta_fused[train]'\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluating
@@ -226,6 +236,63 @@ def test_the_table_fits_80_columns():
     assert len(lines) == 4
     assert {len(line) for line in lines} == {len(lines[0])}
     assert len(lines[0]) <= 80
+
+
+def summary_of(**accuracies):
+    """A comparison's, with accuracies for each seed."""
+    runs = {
+        name.replace("_", " "): {"accuracies": of, "accuracy_mean": sum(of) / len(of)}
+        for name, of in accuracies.items()
+    }
+    if "SGD equal work" in runs:
+        runs["SGD, equal work"] = runs.pop("SGD equal work")
+        runs["HTA"] = runs.pop("HTA")
+    return {"runs": runs, "test_images": 400}
+
+
+def words(summary):
+    said = report.in_words(summary, Path("runs/x"), "hta-seed0.pt", "hta-train")
+    assert max(map(len, said.splitlines())) <= 79
+    return " ".join(said.split())
+
+
+def test_the_words_call_a_difference_one_where_it_is_twice_its_paired_error():
+    said = words(summary_of(SGD=[90.0, 91.0, 92.0], SGD_equal_work=[95.0, 96.5, 97.5], HTA=[90.5, 90.5, 93.5]))
+    # Differences to SGD 0.5, −0.5, 1.5: mean 0.5, deviation 1; to equal work −4.5, −6, −4: mean −4.83, deviation 1.04.
+    assert (
+        "HTA is level with SGD at equal epochs (+0.5 ± 0.6 points), and 4.8 ± 0.6 points below SGD at equal work."
+        in said
+    )
+    assert "standard error over 3 seeds" in said
+    assert "in runs/x, curves.png shows every epoch, and hta-seed0.pt holds a trained network" in said
+
+
+def test_the_words_of_one_run_have_the_error_of_an_accuracy_on_so_many_images():
+    said = words(summary_of(SGD=[90.0], SGD_equal_work=[80.0], HTA=[90.0]))
+    # √(90·10/400) = 1.5 and √(80·20/400) = 2 points.
+    assert "level with SGD at equal epochs (+0.0 ± 2.1 points), and 10.0 ± 2.5 points above SGD at equal work" in said
+    assert "one run's accuracy on 400 test images" in said
+    said = words(summary_of(SGD=[90.0]))
+    assert "SGD reaches 90.0 ± 1.5 %." in said
+    assert said.endswith("hta-train --method compare")
+
+
+def test_what_the_words_say_to_try_is_understood():
+    said = words(summary_of(SGD=[90.0], HTA=[90.0])).replace(" \\", "").partition("then merged: hta-train ")[2]
+    given = vars(cli.parser().parse_args(said.split()))
+    assert (
+        cli.anew({name: value for name, value in given.items() if name not in ("resume", "evaluate")}).batches == "own"
+    )
+
+
+def test_a_command_that_the_path_does_not_find_is_named_as_it_was_typed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [".venv/bin/hta-train"])
+    monkeypatch.setattr(shutil, "which", lambda command: None)
+    assert terminal.called("hta-train") == ".venv/bin/hta-train"
+    monkeypatch.setattr(shutil, "which", lambda command: "/usr/bin/hta-train")
+    assert terminal.called("hta-train") == "hta-train"
+    monkeypatch.setattr(sys, "argv", ["/x/pytest"])
+    assert terminal.called("hta-train") == "hta-train"
 
 
 # ------------------------------------------------------------------------------- where it writes, and how to go on there

@@ -31,7 +31,7 @@ from hta_fused.train.team import Team
 from hta_fused.train.vgg import VGG
 
 TINY = Settings(
-    method="hta", dataset="synthetic", width=0.125, epochs=3, L_stop=0.009, batch_size=128, batches="own", threads=1, device="cpu"
+    method="hta", dataset="synthetic", width=0.125, epochs=3, L_stop=0.009, batch_size=128, batches="own", seeds=1, threads=1, device="cpu"
 )  # fmt: skip
 
 
@@ -152,6 +152,8 @@ OTHERS = {
     "hashed": dict(partition="hashed", start="independent", anchor="random"),
     "explicit": dict(mode="explicit", L_start=0.5, L_stop=0.5, lr=0.01, epochs=2),
     "bf16": dict(precision="bf16", epochs=2, memory_format="contiguous"),
+    "local SGD": dict(coupling="average", every=3, partition="none", epochs=2, L_stop=0.01),
+    "DiLoCo": dict(coupling="diloco", every=3, partition="none", epochs=2, L_stop=0.01),
     "fp16, NaN in copy 1": dict(precision="fp16", epochs=1, L_stop=0.01),
     "decoupled, NaN in copy 1": dict(decoupled=1, epochs=4),
 }
@@ -178,6 +180,67 @@ def test_other_settings_and_a_nan_on_one_rank(tmp_path):
         same_results(tmp_path / f"{name} 1", tmp_path / f"{name} 2")
     assert [row["skipped"] for row in rows(tmp_path / "decoupled, NaN in copy 1 2")] == [1, 1, 1, 0]
     assert [row["skipped"] for row in rows(tmp_path / "fp16, NaN in copy 1 2")] == [1]
+
+
+DDP = replace(TINY, method="ddp", width=0.04, dropout=0.0, batch_norm=False, epochs=2, batch_size=100, train_images=401)
+
+
+def parallel(rank: int, size: int, folder: str) -> list[float]:
+    """DDP, once as it is and once stopped in its second epoch and gone on with."""
+    for name, stops in (("whole", 0), ("cut", 5)):
+        batches = 0
+
+        def stop(stops: int = stops) -> bool:
+            nonlocal batches
+            batches += 1
+            return batches == stops
+
+        settings = replace(DDP, copies=size, batch_norm=True, dropout=0.5, out=Path(folder) / f"{name} {size}")
+        callbacks: dict[str, Any] = {"report": stress.silent, "team": team_of(rank, size)}
+        if not Trainer(settings, stop=stop, **callbacks).train():
+            assert Trainer.resume(settings.out, **callbacks).train()
+    plain = replace(DDP, copies=size, out=Path(folder) / f"plain {size}")
+    trainer = Trainer(plain, report=stress.silent, team=team_of(rank, size))
+    assert trainer.train()
+    return [row["train_loss"] for row in trainer.rows]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ddp_is_sgd_on_all_processes_batches_and_goes_on_where_it_was(tmp_path, size):
+    """The last batch of an epoch has one image for two processes, and 101 for three."""
+    losses = attempt(parallel, size, str(tmp_path))
+    alone = Trainer(replace(DDP, method="sgd", batch_size=100 * size, out=tmp_path / "alone"), report=stress.silent)
+    assert alone.train()
+    first, second = (torch.load(tmp_path / of) for of in ("alone/sgd-seed0.pt", f"plain {size}/ddp-seed0.pt"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-5)
+    for of_rank in losses:
+        assert of_rank == losses[0]
+        assert of_rank == pytest.approx([row["train_loss"] for row in alone.rows], rel=1e-5)
+    assert [row["copies"] for row in rows(tmp_path / f"plain {size}")] == [1, 1]
+    if size == 2:  # a sum of more has another order until DDP knows in which gradients come
+        same_results(tmp_path / "whole 2", tmp_path / "cut 2")
+
+
+def test_ddp_runs_under_torchrun_and_is_refused_in_one_process(tmp_path, capsys):
+    ended(torchrun(tmp_path / "run", settings=replace(DDP, epochs=1)))
+    assert [row["run"] for row in rows(tmp_path / "run")] == ["DDP"]
+    out = tmp_path / "new"
+    for flags in (["--resume", str(tmp_path / "run")], [*stress.flags(DDP), "--out", str(out)]):
+        with pytest.raises(SystemExit):
+            cli.main(flags)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "method must be sgd in one process" in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("batches", [2, 10], ids=["before the merge", "after it"])
+def test_torchrun_goes_on_with_one_processs_run(tmp_path, alone, batches):
+    out, left = tmp_path / "run", iter(range(batches))
+    assert not Trainer(replace(TINY, out=out), report=stress.silent, stop=lambda: next(left) == batches - 1).train()
+    assert len(rows(out)) == (batches - 1) // 4
+    ended(torchrun(out))
+    same_results(alone, out)
 
 
 def test_four_processes_come_close_to_one_with_four_copies(tmp_path):
@@ -248,7 +311,7 @@ def test_what_differs_between_processes_is_named_in_all_of_them(tmp_path):
     ("flags", "message"),
     [
         (["--copies", "3"], "--copies must be the number of processes, 2, or left out, got 3"),
-        (["--method", "sgd"], "--method must be hta or compare under torchrun"),
+        (["--method", "sgd"], "--method must be hta, compare or ddp under torchrun"),
         (["--graph"], "--graph is for one process's step"),
         (["--device", "cuda:0"], "--device must be auto, cpu or cuda under torchrun"),
         (["--evaluate", "x.pt"], "--evaluate is work for one process"),

@@ -23,7 +23,9 @@ from hta_fused.train.vgg import CONFIGURATIONS, VGG, parameter_count
 
 # Two epochs apart, one merged; a second or two.
 # On the CPU, where the same run gives the same bits; test_gpu.py trains on a GPU.
-TINY = Settings(dataset="synthetic", width=0.125, epochs=3, L_stop=0.009, batch_size=128, threads=1, device="cpu")
+TINY = Settings(
+    dataset="synthetic", width=0.125, epochs=3, L_stop=0.009, batch_size=128, seeds=1, threads=1, device="cpu"
+)
 FLAGS = [
     "--dataset",
     "synthetic",
@@ -37,6 +39,8 @@ FLAGS = [
     "0.009",
     "--batch-size",
     "128",
+    "--seeds",
+    "1",
     "--threads",
     "1",
 ]

@@ -60,7 +60,7 @@ def phases() -> None:
         for phase in (PROPOSE, SHARE):
             given = ([grads], states) if phase == PROPOSE else ([], [])
             kernels.kernels(copies).step_([copies], *given, [], anchor, None, sums, *pattern, rules, None, None, stats,
-                                          proposal.kernel, False, False, phase)  # fmt: skip
+                                          proposal.kernel, False, False, phase, [], [], None)  # fmt: skip
 
 
 def penalties() -> None:

@@ -18,7 +18,7 @@ from .session import Part, Result, Session
 
 MODELS, SEEDS = ("vgg11", "vgg16"), 3
 FULL = replace(PAPER, precision="bf16")
-TINY = Settings(dataset="synthetic", width=0.0625, epochs=4, L_start=0.01, L_stop=0.009, batch_size=64)
+TINY = Settings(dataset="synthetic", width=0.0625, epochs=4, L_start=0.01, L_stop=0.009, batch_size=64, seeds=1)
 
 
 def parts(session: Session) -> dict[str, Part]:
@@ -64,7 +64,7 @@ def train(session: Session, model: str, seed: int) -> Result:
         return {"skipped": str(error)}
     finally:
         session.polls = False
-    runs = summarise(trainer.rows, trainer.settings, trainer.fingerprint)["runs"]
+    runs = summarise(trainer.rows, trainer.settings, trainer.fingerprint, len(trainer.images.test))["runs"]
     wanted = {job.label: job.epochs for job in trainer.jobs}
     rows = {label: {"epochs": f"{run['epochs']} of {wanted[label]}", "test accuracy, %": f"{run['accuracy_mean']:.2f}",
                     "images/s": f"{run['images_per_second']:.0f}"} for label, run in runs.items()}  # fmt: skip

@@ -57,9 +57,9 @@ inline void unpack(const Row& row, int64_t start, int64_t count, float* out) {
   const auto decode = [&](const auto* codes, auto is_signed) __attribute__((always_inline)) {
     prefetch_tile(codes, 1);
     for (int64_t from = 0; from < count; from += kScaled) {
-      const float factor = from_codes<is_signed.value>(scales[from / kScaled]);
+      const float scale = scales[from / kScaled];
       all(codes, from, std::min(from + kScaled, count), [&](auto v, auto code, int64_t) __attribute__((always_inline)) {
-        return decoded<is_signed.value, decltype(v)>(code, factor);
+        return decoded<is_signed.value, decltype(v)>(code, scale);
       });
     }
   };
@@ -78,11 +78,16 @@ inline void unpack(const Row& row, int64_t start, int64_t count, float* out) {
     case kSigned8: return decode(at<int8_t>(row, start), std::true_type{});
     case kUnsigned8: return decode(at<uint8_t>(row, start), std::false_type{});
     case kHalf:
-      for (int64_t i = 0; i < count; ++i) out[i] = widen(at<Half>(row, start)[i]);
-      return;
+      prefetch_tile(at<uint16_t>(row, start), 2);
+      return all(at<uint16_t>(row, start), 0, count, [](auto v, auto code, int64_t) __attribute__((always_inline)) {
+        return join_half<decltype(v)>(code, decltype(code){});
+      });
     case kSplitHalf:
-      for (int64_t i = 0; i < count; ++i) out[i] = join_half(at<Half>(row, start)[i], corrections[i]);
-      return;
+      prefetch_tile(at<uint16_t>(row, start), 2);
+      prefetch_tile(corrections, 1);
+      return all(at<uint16_t>(row, start), 0, count, [&](auto v, auto code, int64_t i) __attribute__((always_inline)) {
+        return join_half<decltype(v)>(code, load_codes<decltype(code)>(corrections + i));
+      });
     case kFloat32:
       std::copy(at<float>(row, start), at<float>(row, start) + count, out);
   }
@@ -103,8 +108,7 @@ HTA_INLINE float largest(const float* x, int64_t count) {
   return from_bits<float>(rest);
 }
 
-// The inverse of `unpack`. noise: random bits of each element, or null, where a kBFloat16 is rounded to nearest; `of_row`
-// is theirs to be changed by.
+// The inverse of `unpack`. noise: random bits of each element, to be changed by `of_row`, or null: to nearest.
 inline void pack(Row row, int64_t start, int64_t count, const float* in, const uint32_t* noise, uint32_t of_row) {
   auto* const corrections = static_cast<int8_t*>(row.more) + start;
   auto* const scales = static_cast<float*>(row.more) + start / kScaled;
@@ -116,7 +120,16 @@ inline void pack(Row row, int64_t start, int64_t count, const float* in, const u
   };
   const auto bits = [&](auto x, int64_t i) __attribute__((always_inline)) {
     using V = decltype(x);
-    return bits_of(load<V>(reinterpret_cast<const float*>(noise) + i)) ^ of_row;
+    using U = typename Words<V>::U;
+    return noise ? bits_of(load<V>(reinterpret_cast<const float*>(noise) + i)) ^ of_row : U{} + kNearest;
+  };
+  const auto split = [&](const auto& in_parts) __attribute__((always_inline)) {
+    all(at<uint16_t>(row, start), 0, count, [&](auto x, int64_t i) __attribute__((always_inline)) {
+      typename Words<decltype(x)>::U low, correction;
+      in_parts(x, bits(x, i), low, correction);
+      store_codes(corrections + i, correction);
+      return low;
+    });
   };
   const auto encode = [&](auto* codes, auto is_signed) __attribute__((always_inline)) {
     for (int64_t from = 0; from < count; from += kScaled) {
@@ -136,23 +149,17 @@ inline void pack(Row row, int64_t start, int64_t count, const float* in, const u
       return all(at<uint16_t>(row, start), 0, count,
                  [](auto x, int64_t) __attribute__((always_inline)) { return nearest_bfloat16(x); });
     case kSplitBFloat16:
-      return all(at<uint16_t>(row, start), 0, count, [&](auto x, int64_t i) __attribute__((always_inline)) {
-        typename Words<decltype(x)>::U low, correction;
-        split_bfloat16(x, low, correction);
-        store_codes(corrections + i, correction);
-        return low;
+      return split([](auto x, auto noise, auto& low, auto& correction) __attribute__((always_inline)) {
+        split_bfloat16(x, noise, low, correction);
+      });
+    case kSplitHalf:
+      return split([](auto x, auto noise, auto& low, auto& correction) __attribute__((always_inline)) {
+        split_half(x, noise, low, correction);
       });
     case kSigned8: return encode(at<int8_t>(row, start), std::true_type{});
     case kUnsigned8: return encode(at<uint8_t>(row, start), std::false_type{});
     case kHalf:
       for (int64_t i = 0; i < count; ++i) at<Half>(row, start)[i] = narrow<Half>(in[i]);
-      return;
-    case kSplitHalf:
-      for (int64_t i = 0; i < count; ++i) {
-        uint32_t correction;
-        split_half(in[i], at<Half>(row, start)[i], correction);
-        corrections[i] = int8_t(correction);
-      }
       return;
     case kFloat32:
       std::copy(in, in + count, at<float>(row, start));
@@ -207,10 +214,7 @@ inline void packed_range(const StepArgs<Packed>& args, Loop loop, int64_t begin,
     double of_tile[3];
     loop(plain, start, start + count, of_tile);
     for (int s = 0; s < 3; ++s) sums[s] += of_tile[s];
-    const auto closed = [&](const Row& row, const float* from) {
-      if (row.format != kFloat32) pack(row, start, count, from + start, nullptr, 0);
-    };
-    const auto closed_at_random = [&](const Row& row, const float* from, int32_t number) {
+    const auto closed = [&](const Row& row, const float* from, int32_t number) {
       if (row.format != kFloat32)
         pack(row, start, count, from + start, args.noise ? noise : nullptr, args.noise ? row_noise(*args.noise, number, tile) : 0);
     };
@@ -219,12 +223,12 @@ inline void packed_range(const StepArgs<Packed>& args, Loop loop, int64_t begin,
       for (uint32_t i = 0; i < kTile; ++i) noise[i] = random_bits(keys, i);
     }
     for (int32_t j = 0; j < args.m; ++j) {
-      closed(copy_row(args, j), plain.copies[j]);
-      if (args.low[j]) closed(low_row(args, j), plain.copies[j]);
+      closed(copy_row(args, j), plain.copies[j], j);
+      if (args.low[j]) pack(low_row(args, j), start, count, plain.copies[j] + start, nullptr, 0);
       for (int32_t b = 0; b < buffers; ++b)
-        closed_at_random(state_row(args, b, j), plain.states[b * args.m + j], (1 + b) * args.m + j);
+        closed(state_row(args, b, j), plain.states[b * args.m + j], (1 + b) * args.m + j);
     }
-    if (args.centre && shares) closed_at_random(anchor_row(args, args.centre), plain.centre, 3 * args.m);
+    if (args.centre && shares) closed(anchor_row(args, args.centre), plain.centre, 3 * args.m);
   }
 }
 

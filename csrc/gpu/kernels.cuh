@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies>) step_kern
         x.lane[lane] = narrow<T>(mine[lane]);
         low.lane[lane] = narrow<G>(mine[lane]);
       });
-      store(lanes, rows.copy(j), i, x);
+      store(lanes, rows.copy(j), i, x, random.of(j));
       if ((sizeof(G) != sizeof(T) || kInFormats<T>) && args.low[0]) store(lanes, rows.low(j), i, low);
     }
     // sum_{i<j} (x_i - x_j)^2 = m sum_j (x_j - mean)^2 = m sum_j (x_j - x_0)^2 - (sum_j (x_j - x_0))^2

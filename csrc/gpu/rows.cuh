@@ -179,18 +179,17 @@ HTA_DEVICE Pack<Packed, 4> opened(const RowOf<kSplits, kCodes>& row, const Raw& 
   if (row.is(kBFloat16)) all([&](int lane) { return from_bits<float>(low(lane) << 16); });
   if (row.is(kHalf)) all([&](int lane) { return widen(Half{uint16_t(low(lane))}); });
   if (row.is(kSplitBFloat16)) all([&](int lane) { return join_bfloat16<float>(low(lane), correction(lane)); });
-  if (row.is(kSplitHalf)) all([&](int lane) { return join_half(Half{uint16_t(low(lane))}, int32_t(correction(lane))); });
-  if (row.is(kSigned8))
-    all([&, f = from_codes<true>(scale)](int lane) { return decoded<true, float>(code_at<int8_t>(raw.words, lane), f); });
-  if (row.is(kUnsigned8))
-    all([&, f = from_codes<false>(scale)](int lane) { return decoded<false, float>(code_at<uint8_t>(raw.words, lane), f); });
+  if (row.is(kSplitHalf)) all([&](int lane) { return join_half<float>(low(lane), correction(lane)); });
+  if (row.is(kSigned8)) all([&](int lane) { return decoded<true, float>(code_at<int8_t>(raw.words, lane), scale); });
+  if (row.is(kUnsigned8)) all([&](int lane) { return decoded<false, float>(code_at<uint8_t>(raw.words, lane), scale); });
   return x;
 }
 
-// Random bits of a group in a row, or those by which a code is rounded to nearest.
+// Random bits of a group in a row; none: to nearest.
 struct Random {
   bool given = false;
-  uint32_t bits[4] = {1u << (kCodeShift - 1), 1u << (kCodeShift - 1), 1u << (kCodeShift - 1), 1u << (kCodeShift - 1)};
+  uint32_t bits[4] = {};
+  HTA_DEVICE uint32_t at(int lane, uint32_t nearest) const { return given ? bits[lane] : nearest; }
 };
 
 // Codes relative to the largest magnitude of what this warp holds, NaN being larger than all.
@@ -202,7 +201,10 @@ HTA_DEVICE void encode(Quad lanes, const Row& row, int64_t i, const Pack<Packed,
   for (int distance = 16; distance > 0; distance /= 2) larger(__shfl_xor_sync(0xffffffffu, most, distance));
   const float factor = to_codes<kSigned>(from_bits<float>(most));
   if (threadIdx.x % 32 == 0) static_cast<uint32_t*>(row.more)[i / kScaled] = most;
-  for (int lane = 0; lane < 4; ++lane) put_code<uint8_t>(words, lane, encoded<kSigned>(x.lane[lane].value, factor, random.bits[lane]));
+  for (int lane = 0; lane < 4; ++lane) {
+    const uint32_t noise = random.at(lane, 1u << (kCodeShift - 1));
+    put_code<uint8_t>(words, lane, encoded<kSigned>(x.lane[lane].value, factor, noise));
+  }
 }
 
 template <bool kSplits, bool kCodes>
@@ -223,20 +225,16 @@ HTA_DEVICE void store(Quad lanes, const RowOf<kSplits, kCodes>& row, int64_t i, 
   const auto split = [&](const auto& code) {
     all([&](float value, int lane) {
       uint32_t low, correction;
-      code(value, low, correction);
+      code(value, random.at(lane, kNearest), low, correction);
       put_code<uint8_t>(&corrections, lane, correction);
       return low;
     });
     store_codes<uint8_t>(lanes, row.more, i, &corrections);
   };
   if (row.is(kSplitBFloat16)) {
-    split([](float value, uint32_t& low, uint32_t& correction) { split_bfloat16(value, low, correction); });
+    split([](float value, uint32_t noise, uint32_t& low, uint32_t& correction) { split_bfloat16(value, noise, low, correction); });
   } else if (row.is(kSplitHalf)) {
-    split([](float value, uint32_t& low, uint32_t& correction) {
-      Half half;
-      split_half(value, half, correction);
-      low = half.bits;
-    });
+    split([](float value, uint32_t noise, uint32_t& low, uint32_t& correction) { split_half(value, noise, low, correction); });
   } else if (row.is(kHalf)) {
     all([](float value, int) { return uint32_t(narrow<Half>(value).bits); });
   } else if (random.given) {
@@ -287,18 +285,17 @@ template <class T> struct Noise {
 };
 template <> struct Noise<Packed> {
   static constexpr int kTiles = kChunk / kTile;
-  int32_t m;
-  const uint32_t* keys = nullptr;  // [2 m + 3, kTiles]: the tiles' two keys, then what each row changes; null: none
+  const uint32_t* keys = nullptr;  // [3 m + 3, kTiles]: the tiles' two keys, then what each row changes; null: none
 
   // Made once for a block: keys cost as much as a whole element's step.
-  HTA_DEVICE explicit Noise(const StepArgs<Packed>& args) : m(args.m) {
-    __shared__ uint32_t shared_keys[(2 * kMaxCopies + 3) * kTiles];
+  HTA_DEVICE explicit Noise(const StepArgs<Packed>& args) {
+    __shared__ uint32_t shared_keys[(3 * kMaxCopies + 3) * kTiles];
     if (!args.noise) return;
-    for (int at = threadIdx.x; at < (2 * m + 2) * kTiles; at += kThreads) {
+    for (int at = threadIdx.x; at < (3 * args.m + 2) * kTiles; at += kThreads) {
       const int32_t row = at / kTiles - 1;
       const int64_t tile = int64_t(blockIdx.x) * kTiles + at % kTiles;
       if (row >= 0) {
-        shared_keys[at + kTiles] = row_noise(*args.noise, m + row, tile);
+        shared_keys[at + kTiles] = row_noise(*args.noise, row, tile);
       } else {
         const HashKeys of_tile = hash_keys(*args.noise, tile);
         shared_keys[at] = of_tile.first;
@@ -310,20 +307,19 @@ template <> struct Noise<Packed> {
   }
 
   struct OfGroup {
-    const uint32_t* keys;
-    int32_t m;
+    const uint32_t* keys;  // of its tile
     uint32_t bits[4];
     HTA_DEVICE Random of(int32_t row) const {
       Random random;
       if (!keys) return random;
-      const uint32_t of_row = keys[(row - m + 2) * kTiles];
+      const uint32_t of_row = keys[(row + 2) * kTiles];
       for (int lane = 0; lane < 4; ++lane) random.bits[lane] = bits[lane] ^ of_row;
       random.given = true;
       return random;
     }
   };
   HTA_DEVICE OfGroup of(int64_t i) const {
-    OfGroup group{keys ? keys + i / kTile % kTiles : nullptr, m, {}};
+    OfGroup group{keys ? keys + i / kTile % kTiles : nullptr, {}};
     if (keys)
       for (int lane = 0; lane < 4; ++lane)
         group.bits[lane] = random_bits(HashKeys{group.keys[0], group.keys[kTiles]}, uint32_t(i % kTile + lane));

@@ -227,7 +227,7 @@ _extension_ops = _define("", None)
 # In the order in which they are chosen.
 BACKENDS = {
     "cpu": Backend(SimpleNamespace(**{**vars(_extension_ops), "batch_": reference.batch_}), "cpu",
-                   lambda device: _why_no_extension, _FULL),
+                   lambda device: _why_no_extension, _FULL, reference.LOW),
     "cuda": Backend(_extension_ops, "cuda", _why_no_cuda, (*_FULL, *reference.LOW), reference.LOW),
     "triton": Backend(_define("triton_", "triton"), "cuda", partial(_why_no_module, "triton"), (*_FULL, *reference.LOW),
                       reference.LOW),
@@ -303,9 +303,12 @@ def _chosen(device: torch.device, dtype: torch.dtype, grad: torch.dtype) -> str:
     return _choose(device, dtype, grad)  # the compiler would trace through a cache
 
 
-def kernels(like: Tensor, grad: Tensor | None = None) -> Any:
-    """The implementations of the ops (`step_`, `penalty`, …) that serve a tensor such as `like` and its gradient."""
-    return BACKENDS[_chosen(like.device, like.dtype, like.dtype if grad is None else grad.dtype)].ops
+def kernels(like: Tensor, grad: Tensor | None = None, dtype: torch.dtype | None = None) -> Any:
+    """The implementations of the ops (`step_`, `penalty`, …) that serve a tensor such as `like` and its gradient.
+
+    dtype: of the numbers, where `like` is a part of them.
+    """
+    return BACKENDS[_chosen(like.device, dtype or like.dtype, like.dtype if grad is None else grad.dtype)].ops
 
 
 if os.environ.get("HTA_BACKEND"):

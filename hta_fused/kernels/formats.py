@@ -3,7 +3,7 @@
 A row is a tensor and, for some formats, what goes with it:
 
     float32                      as it is
-    bfloat16, float16            rounded to nearest; at random where noise is given
+    bfloat16, float16
     bfloat16, float16 and int8   24 bits of the number: the nearest of that type, and corrections of its last place
     uint8 and float32 scales     codes of magnitudes relative to the largest of SCALED elements; coarser at large ones
 """
@@ -80,20 +80,22 @@ def unpack(row: Tensor, more: Tensor | None = None, square: bool = False) -> Ten
     if row.dtype == torch.bfloat16:
         return ((row.view(torch.int16).int() << 16) + (more.int() << 8)).view(torch.float32)
     if row.dtype == torch.float16:
-        low = row.float()
-        return torch.where(low.isfinite(), low + more.float() * _correction_unit(low), low)
+        return _join_half(row, more)
     least = LEAST[square]
     code = row.int() if square else row.view(torch.int8).int()
     sizes = ((code.abs() << 19) + _bits(least)).view(torch.float32) - least
-    x = sizes * _spread(more / (TOP - least), len(row))
+    whole = float(torch.tensor(1, dtype=torch.float32, device="cpu") / (TOP - least))
+    x = sizes * whole * _spread(more, len(row))
     return x if square else torch.where(code < 0, -x, x)
 
 
-def packed(values: Tensor, row: Tensor, more: Tensor | None = None, noise: Tensor | None = None, square: bool = False) -> list[Tensor]:
+def packed(
+    values: Tensor, row: Tensor, more: Tensor | None = None, noise: Tensor | None = None, square: bool = False
+) -> list[Tensor]:
     """What `row`, and `more` where it has one, are to hold for these values [n].
 
     Args:
-        noise: 32 random bits for each, int64 [n]; without it a bfloat16 and a code are rounded to nearest.
+        noise: 32 random bits for each, int64 [n], which round such that the mean is right; without it to nearest.
     """
     if row.dtype == torch.uint8:
         assert more is not None
@@ -102,32 +104,40 @@ def packed(values: Tensor, row: Tensor, more: Tensor | None = None, noise: Tenso
         scale = _largest(values)
         return [_encoded(values, noise, scale, square).to(torch.uint8), scale]
     if more is not None:
-        return list((_split_bfloat16 if row.dtype == torch.bfloat16 else _split_half)(values))
+        last = torch.full_like(values, 0x80, dtype=torch.int64) if noise is None else noise & 0xFF
+        return list((_split_bfloat16 if row.dtype == torch.bfloat16 else _split_half)(values, last))
     if row.dtype == torch.bfloat16 and noise is not None:
         bits = (values.view(torch.int32).long() & _MASK) + (noise & 0xFFFF) >> 16
         return [torch.where(values.isnan(), 0x7FC0, bits).to(torch.int16).view(torch.bfloat16)]
     return [values.to(row.dtype)]
 
 
-def _split_bfloat16(x: Tensor) -> tuple[Tensor, Tensor]:
+def _split_bfloat16(x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     bits = x.view(torch.int32).long() & _MASK
-    kept = bits + 0x80
+    kept = bits + last
     low = torch.where(x.isnan(), 0x7FC0, kept + 0x8000 >> 16)
     return low.to(torch.int16).view(torch.bfloat16), (kept >> 8 & 0xFF).to(torch.uint8).view(torch.int8)
 
 
-def _correction_unit(low: Tensor) -> Tensor:
-    """A 256th of the unit in the last place of float16s, which come as float32."""
-    return ((low.view(torch.int32) & 0x7F800000).clamp(min=113 << 23) - (18 << 23)).view(torch.float32)
+_SUBNORMAL, _FIRST_NORMAL, _BEYOND_HALF, _BIAS = 2.0**-14, 1 << 18, 0x7C00 << 8, 112 << 23
 
 
-def _split_half(x: Tensor) -> tuple[Tensor, Tensor]:
-    low = x.half()
-    wide = low.float()
-    parts = (x - wide) / _correction_unit(wide)
-    rounded = (parts + torch.where(parts < 0, -0.5, 0.5)).clamp(max=127).trunc()
-    correction = torch.where(x.isfinite() & wide.isfinite(), rounded, torch.zeros_like(rounded))
-    return low, correction.to(torch.int8)
+def _split_half(x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    size = x.abs()
+    even = (size + _SUBNORMAL).view(torch.int32).long() - _bits(_SUBNORMAL)
+    fine = torch.where(size < _SUBNORMAL, even, size.view(torch.int32).long() - _BIAS)
+    kept = (fine + (last >> 3 & 0x1F) >> 5).clamp(max=_BEYOND_HALF)
+    low = torch.where(x.isnan(), 0x7E00, (kept + 0x80 >> 8) | (x.view(torch.int32).long() >> 16 & 0x8000))
+    return low.to(torch.int16).view(torch.float16), (kept & 0xFF).to(torch.uint8).view(torch.int8)
+
+
+def _join_half(row: Tensor, correction: Tensor) -> Tensor:
+    low = row.view(torch.int16).int()
+    kept = ((low & 0x7FFF) << 8) + correction.int()
+    even = ((kept << 5) + _bits(_SUBNORMAL)).view(torch.float32) - _SUBNORMAL
+    finite = torch.where(kept < _FIRST_NORMAL, even, ((kept << 5) + _BIAS).view(torch.float32))
+    size = torch.where(kept < _BEYOND_HALF, finite, torch.where(kept > _BEYOND_HALF, torch.nan, torch.inf))
+    return torch.where(low < 0, -size, size)
 
 
 def _spread(scale: Tensor, n: int) -> Tensor:
@@ -143,7 +153,8 @@ def _largest(values: Tensor) -> Tensor:
 
 def _encoded(x: Tensor, noise: Tensor, scale: Tensor, square: bool) -> Tensor:
     least = LEAST[square]
-    factor = torch.where(scale >= 2.0**-126, (TOP - least) / scale, torch.zeros_like(scale))
+    whole = torch.full_like(scale, TOP - least)  # a number divided by a tensor would be multiplied by its reciprocal
+    factor = torch.where(scale >= 2.0**-126, whole / scale, torch.zeros_like(scale))
     y = (x.abs() * _spread(factor, len(x)) + least).clamp(max=TOP)
     code = (y.view(torch.int32).long() + (noise & (1 << 19) - 1) - _bits(least)) >> 19
     return torch.where((x > 0) & (code == 0), 1, code) if square else torch.where(x < 0, -code, code) & 0xFF

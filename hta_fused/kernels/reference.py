@@ -42,6 +42,7 @@ def rows_of(tensors: list[Tensor]) -> list[Tensor]:
 
 # ------------------------------------------------------------------------------------------------------------- labels
 
+
 def hashed_labels(seed: Tensor, tiles: int, copies: int) -> Tensor:
     """What the hash of (seed, element) gives every element of so many tiles: int64 [tiles, TILE] of 1 … copies."""
     return ((random_bits(seed, tiles) >> 16) * copies >> 16) + 1
@@ -118,7 +119,9 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
     z = torch.zeros((), dtype=work, device=stats.device) if anchor is None else anchor.to(work)
     written: list[tuple[Tensor, Tensor]] = []
 
-    def write(values: Tensor, row: Tensor, more: Tensor | None = None, number: int | None = None, square: bool = False) -> None:
+    def write(
+        values: Tensor, row: Tensor, more: Tensor | None = None, number: int | None = None, square: bool = False
+    ) -> None:
         """Notes what a row is to hold. number: of the row, whose values are rounded at random."""
         bits = None if noise is None or number is None else noise_of(noise, number, n)
         wanted = packed(values.expand(n), row, more, bits, square)
@@ -150,8 +153,8 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
             x = [rule[j, 1] * x[j] + rule[j, 2] * s + rule[j, 3] * z for j in range(m)]
         if centre is not None:
             write(rule[m, 1] * centre.to(work) + rule[m, 2] * s + rule[m, 3] * z, centre, None, 3 * m)
-    for values, row, more in zip(x, copies, corrections, strict=True):
-        write(values, row, more)
+    for j, values in enumerate(x):
+        write(values, copies[j], corrections[j], j)
     written += zip(low, x, strict=bool(low))
     squares = torch.stack([((x[j] - z).double().square() * rule[j, 4]).sum() for j in range(m)]).sum()
     for was, now in written:

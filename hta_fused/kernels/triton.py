@@ -221,7 +221,7 @@ def step_kernel(
                 first = x
             apart += x - first
             results = results + (x,)  # type: ignore[assignment]
-            write_copy(copies, corrections, j, i, mask, x, SPLIT)
+            write_copy(copies, corrections, j, i, mask, x, bits_of_row(bits, noise, tile, j, RANDOM), SPLIT, RANDOM)
             if LOW:
                 write(low[j], i, mask, x, bits, False)
         for j in tl.static_range(M):

@@ -4,6 +4,7 @@ csrc/formats.h line by line; kernels/formats.py is the same in PyTorch. A row's 
 from whether corrections go with it. Imports formats.py for the sizes.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -15,6 +16,9 @@ _SCALES = tl.constexpr(TILE // SCALED)  # of a tile
 _TOP = tl.constexpr(TOP)
 _LEAST = tl.constexpr(LEAST[0])
 _LEAST_SQUARE = tl.constexpr(LEAST[1])
+_WHOLE, _WHOLE_SQUARE = (tl.constexpr(float(torch.ones(()) / (TOP - least))) for least in LEAST)  # rounded as float32
+_SUBNORMAL, _SUBNORMAL_BITS = tl.constexpr(2.0**-14), tl.constexpr(113 << 23)  # below it float16s are evenly spaced
+_BEYOND_HALF = tl.constexpr(0x7C00 << 8)
 
 # ------------------------------------------------------------------------------------------------------- random numbers
 
@@ -67,12 +71,6 @@ def real(bits):
 
 
 @triton.jit
-def correction_unit(low):
-    """A 256th of the unit in the last place of a float16."""
-    return tl.maximum(word(low) & 0x7F800000, 113 << 23) - (18 << 23)
-
-
-@triton.jit
 def spread(scales):
     """A tile's scales, each for its elements."""
     return tl.reshape(tl.broadcast_to(scales[:, None], (_SCALES, _SCALED)), (_ELEMENTS,))
@@ -98,8 +96,12 @@ def read_copy(copies, corrections, j: tl.constexpr, i, mask, SPLIT: tl.constexpr
     correction = tl.load(corrections[j] + i, mask=mask, other=0).to(tl.int32)
     if low.dtype == tl.bfloat16:
         return real((low.to(tl.uint16, bitcast=True).to(tl.uint32) << 16) + (word(correction) << 8))
-    wide = low.to(tl.float32)
-    return tl.where(wide - wide == 0, wide + correction.to(tl.float32) * real(correction_unit(wide)), wide)
+    whole = low.to(tl.uint16, bitcast=True).to(tl.uint32)
+    kept = ((whole & 0x7FFF) << 8) + word(correction)
+    even = real((kept << 5) + _SUBNORMAL_BITS) - _SUBNORMAL
+    finite = tl.where(kept < (1 << 18), word(even), (kept << 5) + (112 << 23))
+    beyond = tl.where(kept > _BEYOND_HALF, 0x7FC00000, 0x7F800000).to(tl.uint32)
+    return real(tl.where(kept < _BEYOND_HALF, finite, beyond) | ((whole & 0x8000) << 16))
 
 
 @triton.jit
@@ -110,9 +112,9 @@ def read_state(states, scales, row: tl.constexpr, tile, i, mask, n, live, SQUARE
     code = tl.load(states[row] + i, mask=mask, other=0)
     code = code.to(tl.int32) if SQUARE else code.to(tl.int8, bitcast=True).to(tl.int32)
     at, there = scales_of(scales[row], tile, n, live)
-    factor = tl.div_rn(tl.load(at, mask=there, other=0), tl.full((_SCALES,), _TOP - LEAST, tl.float32))
+    WHOLE: tl.constexpr = _WHOLE_SQUARE if SQUARE else _WHOLE
     least = tl.full((_ELEMENTS,), LEAST, tl.float32)
-    x = (real((word(tl.abs(code)) << 19) + word(least)) - least) * spread(factor)
+    x = (real((word(tl.abs(code)) << 19) + word(least)) - least) * WHOLE * spread(tl.load(at, mask=there, other=0))
     return tl.where(code < 0, -x, x)
 
 
@@ -135,22 +137,25 @@ def write(row, i, mask, x, bits, RANDOM: tl.constexpr):
 
 
 @triton.jit
-def write_copy(copies, corrections, j: tl.constexpr, i, mask, x, SPLIT: tl.constexpr):
+def write_copy(copies, corrections, j: tl.constexpr, i, mask, x, bits, SPLIT: tl.constexpr, RANDOM: tl.constexpr):
     if not SPLIT:
-        write(copies[j], i, mask, x, x, False)
-    elif copies[j].dtype.element_ty == tl.bfloat16:
-        kept = word(x) + 0x80
-        low = tl.where(x != x, 0x7FC0, (kept + 0x8000) >> 16).to(tl.uint16)
-        tl.store(copies[j] + i, low.to(tl.bfloat16, bitcast=True), mask=mask)
-        tl.store(corrections[j] + i, ((kept >> 8) & 0xFF).to(tl.uint8).to(tl.int8, bitcast=True), mask=mask)
+        write(copies[j], i, mask, x, bits, RANDOM)
     else:
-        low = x.to(tl.float16)
-        wide = low.to(tl.float32)
-        parts = (x - wide) * real((254 << 23) - correction_unit(wide))
-        rounded = tl.where(parts < 127, tl.where(parts < 0, parts - 0.5, parts + 0.5), 127.0)
+        noise = bits & 0xFF if RANDOM else tl.full((_ELEMENTS,), 0x80, tl.uint32)
+        if copies[j].dtype.element_ty == tl.bfloat16:
+            kept = word(x) + noise
+            low = tl.where(x != x, 0x7FC0, (kept + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+            kept >>= 8
+        else:
+            size = word(x) & 0x7FFFFFFF
+            even = word(real(size) + _SUBNORMAL) - _SUBNORMAL_BITS
+            fine = tl.where(real(size) < _SUBNORMAL, even, size - (112 << 23))
+            kept = (fine + (noise >> 3)) >> 5
+            kept = tl.where(kept < _BEYOND_HALF, kept, _BEYOND_HALF)
+            low = tl.where(x != x, 0x7E00, ((kept + 0x80) >> 8) | ((word(x) >> 16) & 0x8000))
+            low = low.to(tl.uint16).to(tl.float16, bitcast=True)
         tl.store(copies[j] + i, low, mask=mask)
-        rounded = tl.where((x - x == 0) & (wide - wide == 0), rounded, 0.0)
-        tl.store(corrections[j] + i, rounded.to(tl.int32).to(tl.int8), mask=mask)
+        tl.store(corrections[j] + i, (kept & 0xFF).to(tl.uint8).to(tl.int8, bitcast=True), mask=mask)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..terminal import FAILURE, Parser, whole_number
 from ..train import machine
-from . import convergence, figure1, networks, quadratic, smalldata, table1
+from . import convergence, figure1, mapped, networks, quadratic, smalldata, table1
 from .runs import Scale
 
 # Those that take minutes at most, and those that train networks.
@@ -19,6 +19,7 @@ SMALL: dict[str, Callable[[Path, bool], None]] = {
     "figure1": figure1.run,
     "convergence": convergence.run,
     "path": quadratic.run,
+    "map": mapped.run,
 }
 TRAINED: dict[str, tuple[Callable[[Path, Scale], None], dict[str, Scale]]] = {
     "table2": (networks.table2, networks.SCALES),
@@ -26,6 +27,7 @@ TRAINED: dict[str, tuple[Callable[[Path, Scale], None], dict[str, Scale]]] = {
     "figure2": (networks.figure2, networks.SCALES),
     "figure3": (networks.figure3, networks.FIVE_RUNS),
     "dropout": (networks.dropout, networks.SCALES),
+    "formats": (networks.formats, networks.SCALES),
     "smalldata": (smalldata.run, smalldata.SCALES),
 }
 
@@ -34,11 +36,13 @@ HELP = {
     "figure1": "the paths of θ and η on a surface, and L falling",
     "convergence": "theorems 3.2 and 3.1 in numbers",
     "path": "a quadratic's path: exact, tracked, trained",
+    "map": "the coupled step's map for two copies, in pictures",
     "table2": "VGG11 to VGG19 on CIFAR-10: SGD, HTA",
     "table3": "VGG11 and VGG13, homotopy on the convolutions",
     "figure2": "VGG13, homotopy on the fully connected layers",
     "figure3": "Table 3's networks over the epochs: SGD, HTA",
     "dropout": "the coupling with dropout, beside plain dropout",
+    "formats": "HTA whose masters, momentum and anchor take fewer bytes",
     "smalldata": "few images, many epochs: all that averages weights",
 }
 EXAMPLES = """\
@@ -75,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
                 "--images", metavar="IMAGES", type=whole_number(1), help="to train on, of the 50,000 [2304]"
             )
     options = terminal.parse_args(argv)
-    terminal.need("matplotlib", "scipy", "sklearn", "tqdm")
+    terminal.need("paper")
     terminal.check_folder("--out", options.out)
     try:
         if options.experiment in SMALL:
@@ -86,6 +90,11 @@ def main(argv: list[str] | None = None) -> None:
             run, scales = TRAINED[options.experiment]
             scale = asked(scales[options.scale], options)
             machine.check(scale.settings)
+            if scale.name == "full" and scale.settings.torch_device.type == "cpu":
+                much = f"{scale.settings.epochs} epochs a run, {scale.seeds} seeds"
+                terminal.say(
+                    f"--scale full is for a GPU, and will take very long on this CPU ({much}); see --scale cpu"
+                )
             options.out.mkdir(parents=True, exist_ok=True)
             run(options.out, scale)
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..extras import needs
 from ..ops import homotopy_penalty, homotopy_step_
 from ..optim import HomotopySGD
 from ..path import Objective
@@ -32,7 +33,8 @@ def run(out: Path, quick: bool) -> None:
 
 def cancer() -> tuple[Tensor, Tensor]:
     """scikit-learn's breast cancer data: 569 cases, 30 standardised features and a constant; labels ±1."""
-    from sklearn.datasets import load_breast_cancer
+    with needs("paper"):
+        from sklearn.datasets import load_breast_cancer
 
     data = load_breast_cancer()
     x = torch.as_tensor((data.data - data.data.mean(0)) / data.data.std(0))
@@ -49,7 +51,8 @@ def convex(seeds: int, steps: int) -> list[Row]:
 
     All seeds go through the op as one flat vector. f is the regularised logistic loss, g is H.
     """
-    from scipy.optimize import minimize
+    with needs("paper"):
+        from scipy.optimize import minimize
 
     x, y = cancer()
     d, weight = x.shape[1], 0.01

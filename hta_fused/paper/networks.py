@@ -10,15 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..extras import needs
+from ..pictures import name_ends, of_method
+from ..train.machine import fastest_precision
 from ..train.settings import PAPER, Settings
 from .report import Row, markdown, pyplot, save_csv, save_figure, say
 from .runs import Curve, Scale, curves_csv, settings_in_words, spread, train
 
 SGD, EQUAL_WORK, HTA = "SGD", "SGD, equal work", "HTA"
-COLORS = {SGD: "C0", EQUAL_WORK: "C1", HTA: "C2"}
 
 _QUICK = Settings(dataset="synthetic", train_images=256, width=0.0625, epochs=3, L_step=0.005, device="cpu")
-_CPU = Settings(dataset="cifar10", train_images=10_000, epochs=10, precision="bf16", device="cpu")
+_CPU = Settings(
+    dataset="cifar10", train_images=10_000, width=0.25, epochs=10, precision=fastest_precision(), device="cpu"
+)
 # The scales of Table 2; others change what is trained and how often.
 QUICK, CPU, FULL = Scale("quick", _QUICK, 1), Scale("cpu", _CPU, 3), Scale("full", PAPER, 5)
 SCALES = {scale.name: scale for scale in (QUICK, CPU, FULL)}
@@ -112,6 +116,26 @@ def dropout(out: Path, scale: Scale) -> None:
     leave(out, "dropout", trained(out, scale, {("vgg11", name): settings for name, settings in wanted.items()}), {})
 
 
+def formats(out: Path, scale: Scale) -> None:
+    """HTA whose masters, momentum and anchor are kept in fewer bytes, beside float32's; computed in float32 all the same."""
+    kept: dict[str, dict[str, Any]] = {
+        "float32": {},
+        "bfloat16 momentum, anchor": {"state_format": "bfloat16", "anchor_format": "bfloat16"},
+        "split masters": {"master_format": "split"},
+        "split, bfloat16": {"master_format": "split", "state_format": "bfloat16", "anchor_format": "bfloat16"},
+        "split, 8-bit": {"master_format": "split", "state_format": "8bit", "anchor_format": "bfloat16"},
+    }
+    shared = replace(scale.settings, method="hta", precision="fp32")
+    few = replace(shared, train_images=min(shared.train_images, 4_000), epochs=min(shared.epochs, 8))
+    datasets = {"digits": replace(shared, dataset="digits", train_images=0, epochs=15), few.dataset: few}
+    wanted = {
+        (dataset, name): replace(settings, **options)
+        for dataset, settings in list(datasets.items())[scale.name == "quick" :]
+        for name, options in kept.items()
+    }
+    leave(out, "formats", trained(out, scale, wanted), {})
+
+
 def leave(
     out: Path, name: str, curves: Mapping[tuple[str, str], Curve], paper: Mapping[str, tuple[float, float]]
 ) -> None:
@@ -158,7 +182,8 @@ def epochs(curves: Mapping[tuple[str, str], Curve]) -> list[Row]:
 
 def figure(curves: Mapping[tuple[str, str], Curve]) -> Any:
     """Test error over the epochs, a panel for each network: the mean of the seeds and their range, named at its end."""
-    from matplotlib.ticker import MaxNLocator
+    with needs("paper"):
+        from matplotlib.ticker import MaxNLocator
 
     models = list(dict.fromkeys(model for model, _ in curves))
     size = 5.2 * len(models), 3.8
@@ -167,7 +192,7 @@ def figure(curves: Mapping[tuple[str, str], Curve]) -> Any:
         mine = {method: curve for (of, method), curve in curves.items() if of == model}
         ends: list[tuple[float, float, str, str]] = []
         for number, (method, curve) in enumerate(mine.items()):
-            color = COLORS.get(method, f"C{number % 10}")
+            color = of_method(method, number)
             errors = [[100 - row["test_accuracy"] for row in at] for at in zip(*curve.seeds, strict=True)]
             means, where = list(map(statistics.fmean, errors)), range(1, len(errors) + 1)
             panel.fill_between(
@@ -181,17 +206,8 @@ def figure(curves: Mapping[tuple[str, str], Curve]) -> Any:
         later = [100 - row["test_accuracy"] for curve in mine.values() for rows in curve.seeds for row in rows[1:]]
         low, high = min(later), max(later)
         panel.set_ylim(low - 0.08 * (high - low) - 1, high + 1)
-        _name_at_ends(panel, ends, (high - low + 2) / 16)
+        name_ends(panel, ends)
         panel.set(title=model.upper(), xlabel="epoch (dotted: the copies merge)", ylabel="test error, %")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
     return figure
-
-
-def _name_at_ends(panel: Any, ends: list[tuple[float, float, str, str]], apart: float) -> None:
-    """Writes each curve's name to the right of all, at its end's height or as little above as leaves lines `apart`."""
-    right, height = max(where for _, where, _, _ in ends), -1e9
-    for value, where, name, color in sorted(ends):
-        height = max(value, height + apart)
-        panel.annotate(name, (where, value), (right + 0.4, height), color=color, va="center", fontsize=8,
-                       annotation_clip=False, arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 0})  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..extras import needs
 from ..files import save_atomically
 
 Row = dict[str, Any]
@@ -13,14 +14,16 @@ Row = dict[str, Any]
 
 def progress(items: Iterable[Any], caption: str, total: int | None = None) -> Iterable[Any]:
     """The items, with a bar in a terminal."""
-    from tqdm import tqdm
+    with needs("paper"):
+        from tqdm import tqdm
 
     return tqdm(items, desc=caption, total=total, leave=False, disable=not sys.stderr.isatty())
 
 
 def say(text: str) -> None:
     """Prints a line above the bars."""
-    from tqdm import tqdm
+    with needs("paper"):
+        from tqdm import tqdm
 
     tqdm.write(text, file=sys.stdout)
 
@@ -49,11 +52,10 @@ def save_csv(path: Path, rows: list[Row]) -> None:
 
 def pyplot() -> Any:
     """matplotlib.pyplot, which draws into files."""
-    import matplotlib
-
+    with needs("paper"):
+        import matplotlib
+        from matplotlib import pyplot
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     return pyplot
 
 
@@ -65,7 +67,8 @@ def save_figure(path: Path, figure: Any) -> None:
 
 def save_animation(path: Path, figure: Any, animation: Any) -> None:
     """Writes a figure's animation as a GIF and closes the figure."""
-    from matplotlib.animation import PillowWriter
+    with needs("paper"):
+        from matplotlib.animation import PillowWriter
 
     save_atomically(path, lambda partial: animation.save(partial, writer=PillowWriter(fps=6), dpi=80))
     pyplot().close(figure)

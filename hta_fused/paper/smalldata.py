@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..extras import needs
+from ..train.machine import fastest_precision
 from ..train.settings import Settings
 from .report import Row, markdown, pyplot, save_csv, save_figure, say
 from .runs import Curve, Scale, curves_csv, settings_in_words, train
@@ -30,13 +32,13 @@ _CPU = Settings(
     width=0.125,
     epochs=120,
     evaluate_every=10,
-    precision="bf16",
+    precision=fastest_precision(),
     device="cpu",
 )
 SCALES = {
     "quick": Scale("quick", replace(_CPU, dataset="synthetic", train_images=128, width=0.0625, epochs=5), 2),
     "cpu": Scale("cpu", _CPU, 10),
-    "full": Scale("full", replace(_CPU, width=1.0, epochs=300, device="auto"), 10),
+    "full": Scale("full", replace(_CPU, width=1.0, epochs=300, precision="bf16", device="auto"), 10),
 }
 
 
@@ -115,7 +117,8 @@ def error(values: list[float]) -> float:
 
 def interval(differences: list[float]) -> tuple[float, float]:
     """Mean, and half the width of Student's 95 % interval."""
-    from scipy.stats import t
+    with needs("paper"):
+        from scipy.stats import t
 
     return statistics.fmean(differences), float(t.ppf(0.975, len(differences) - 1)) * error(differences)
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import problems
+from ..extras import needs
 from ..path import Objective, track_many
+from ..pictures import OURS, THEIRS
 from .report import Row, markdown, progress, pyplot, save_csv, save_figure, say
 
 HIT = 1e-8  # a minimum below it counts as the global one, which is 0
@@ -64,7 +66,8 @@ def one_start() -> Iterator[Row]:
 
     The minimum found is the one that BFGS leads to from the mean of the copies at the last L.
     """
-    from scipy.optimize import minimize
+    with needs("paper"):
+        from scipy.optimize import minimize
 
     f, tolerance = problems.chow, 1e-3  # at which quasi-Newton takes the paper's 8 steps
     start = torch.tensor([[5.0, 4.0, 5.0, 5.0]], dtype=torch.float64)
@@ -182,7 +185,8 @@ def title(row: Row) -> str:
 
 def quasi_newton(f: problems.Function, points: Tensor, caption: str) -> Row:
     """scipy's BFGS from every point."""
-    from scipy.optimize import minimize
+    with needs("paper"):
+        from scipy.optimize import minimize
 
     found = [minimize(Objective(f), point, jac=True, method="BFGS") for point in progress(points.numpy(), caption)]
     return {
@@ -285,7 +289,8 @@ def rival(search: Callable[[Budget, np.ndarray, int], Any]) -> Callable[[problem
     """
 
     def method(f: problems.Function, points: Tensor, budget: float) -> Row:
-        from scipy.optimize import minimize
+        with needs("paper"):
+            from scipy.optimize import minimize
 
         hits, evaluations = 0, []
         for seed, point in enumerate(progress(points.numpy(), search.__name__)):
@@ -305,7 +310,8 @@ def rival(search: Callable[[Budget, np.ndarray, int], Any]) -> Callable[[problem
 
 def basin_hopping(f: Budget, start: np.ndarray, seed: int) -> None:
     """BFGS, and hops as long as a valley of (33) is wide, 4; scipy's default, 0.5, finds fewer."""
-    from scipy.optimize import basinhopping
+    with needs("paper"):
+        from scipy.optimize import basinhopping
 
     local = {"method": "BFGS", "jac": True}
     basinhopping(f.both, start, niter=10**6, stepsize=4.0, minimizer_kwargs=local, rng=seed)
@@ -313,7 +319,8 @@ def basin_hopping(f: Budget, start: np.ndarray, seed: int) -> None:
 
 def annealing(f: Budget, start: np.ndarray, seed: int) -> None:
     """From the start, with gradients in its local searches."""
-    from scipy.optimize import dual_annealing
+    with needs("paper"):
+        from scipy.optimize import dual_annealing
 
     local = {"method": "L-BFGS-B", "jac": f.gradient, "bounds": [(-REGION, REGION)] * len(start)}
     dual_annealing(f.value, [(-REGION, REGION)] * len(start), minimizer_kwargs=local, x0=start, rng=seed)
@@ -321,7 +328,8 @@ def annealing(f: Budget, start: np.ndarray, seed: int) -> None:
 
 def evolution(f: Budget, start: np.ndarray, seed: int) -> None:
     """With the start in its first population."""
-    from scipy.optimize import differential_evolution
+    with needs("paper"):
+        from scipy.optimize import differential_evolution
 
     bounds = [(-REGION, REGION)] * len(start)
     differential_evolution(f.value, bounds, popsize=5, polish=False, x0=start, tol=0, maxiter=10**6, rng=seed)
@@ -370,7 +378,7 @@ def picture(rows: list[Row]) -> Any:
         layout="constrained",
     )
     for axis, (part, group) in zip(axes[:, 0], parts, strict=True):
-        colors = ["#1b7f5c" if "homotopy" in row["method"] else "#9aa3ad" for row in group]
+        colors = [OURS if "homotopy" in row["method"] else THEIRS for row in group]
         bars = axis.barh(range(len(group)), [row["hit_rate"] for row in group], color=colors)
         axis.bar_label(bars, [f"{row['hits']} of {row['points']}" for row in group], padding=3, fontsize=7)
         axis.set_yticks(range(len(group)), [title(row) for row in group], fontsize=7)

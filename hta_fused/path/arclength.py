@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..extras import needs
 from .homotopy import QuadraticTerms
 
 _LONGEST, _SHORTEST = 0.25, 1e-7  # of steps along the curve
@@ -122,7 +123,8 @@ class Curve:
 
     def _locate_fold(self, y: np.ndarray, tangent: np.ndarray, length: float) -> None:
         """Finds where, at most `length` ahead of y, the tangent has no part in L."""
-        from scipy.optimize import brentq
+        with needs("path"):
+            from scipy.optimize import brentq
 
         def turning(part: float) -> float:
             there = self.newton(y + part * tangent, tangent)

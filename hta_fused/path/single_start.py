@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..extras import needs
 from .arclength import Curve, Fold
 from .corrector import Corrector
 from .homotopy import QuadraticTerms, check_Ls
@@ -225,7 +226,8 @@ class _Cold:
 
     def __call__(self, L: float, x: np.ndarray) -> PathPoint:
         """The minimiser of H at L that the corrector finds from x."""
-        from scipy.optimize import minimize
+        with needs("path"):
+            from scipy.optimize import minimize
 
         stage, objective, tolerance = self.terms.at(L), self.objective, self.tolerance
         before = objective.evaluations

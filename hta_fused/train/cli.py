@@ -17,9 +17,11 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 
 from .. import __version__
-from ..terminal import FAILURE, Parser
+from ..extras import needs
+from ..terminal import FAILURE, Parser, called
 from . import machine
-from .comparison import Trainer, evaluate_file
+from .comparison import Trainer
+from .exported import evaluate_file
 from .folder import Folder
 from .report import heading
 from .run import Job
@@ -40,7 +42,7 @@ process of its own."""
 
 EXAMPLES = """\
 examples:
-  hta-train                                     in three minutes on two cores
+  hta-train                                     in about a minute on two cores
   hta-train --method hta --copies 4 --batches own --out runs/four
   hta-train --resume runs/four                  go on with it after a stop
   hta-train --evaluate runs/four/hta-seed0.pt   test what came out
@@ -101,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     terminal.speaks = not of_torchrun() or os.environ["LOCAL_RANK"] == "0"  # one line on each machine is enough
     given = vars(terminal.parse_args(argv))
     resume, evaluate = given.pop("resume"), given.pop("evaluate")
-    terminal.need("tqdm", "matplotlib", "sklearn")
+    terminal.need("train")
     try:
         if of_torchrun():
             given |= under_torchrun(given, new=not (resume or evaluate), evaluate=bool(evaluate))
@@ -160,7 +162,7 @@ def under_torchrun(given: dict[str, Any], new: bool, evaluate: bool) -> dict[str
     if not new:
         return {"graph": False}
     if given.get("method") == "sgd":
-        raise ValueError("method must be hta or compare under torchrun, as SGD trains one network, got 'sgd'")
+        raise ValueError("method must be hta, compare or ddp under torchrun, as SGD trains one network, got 'sgd'")
     if given.get("copies", size) != size:
         raise ValueError(f"copies must be the number of processes, {size}, or left out, got {given['copies']}")
     if "out" not in given and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
@@ -200,7 +202,8 @@ def train(terminal: Terminal, settings: Settings, given: dict[str, Any], new: bo
         given: those that were given on the command line.
         new: whether it is a new run.
     """
-    from tqdm import tqdm
+    with needs("train"):
+        from tqdm import tqdm
 
     assert settings.out is not None
     team = ALONE
@@ -290,7 +293,7 @@ def _trainer(settings: Settings, given: dict[str, Any], new: bool, callbacks: di
 
 def _launcher(team: Team) -> str:
     if team.group is None:
-        return "hta-train"
+        return called("hta-train")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", team.size))
     machines = f"--nnodes {team.size // here} " if here != team.size else ""
     return f"torchrun {machines}--nproc-per-node {here} -m hta_fused.train"
@@ -341,7 +344,8 @@ def stopping(team: Team = ALONE) -> Iterator[list[int]]:
 @contextmanager
 def progress_bars() -> Iterator[Callable[[Job, int, int, int], None]]:
     """What draws a bar for each epoch, on a terminal."""
-    from tqdm import tqdm
+    with needs("train"):
+        from tqdm import tqdm
 
     bar: tqdm | None = None  # of the epoch that `shown` names
     shown = ""

@@ -1,10 +1,7 @@
 """A comparison: the list of runs that the settings ask for, worked through one after the other, and their folder."""
 
-import io
 import json
 import math
-import pickle
-import textwrap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,25 +12,29 @@ import torch
 
 from ..files import as_json, save_atomically, write_json, write_text
 from ..kernels import backends
+from ..terminal import called
 from . import data
 from .folder import Folder, Refused, load
-from .report import curves, describe, processor, summarise, table
-from .run import Job, Run, batches_of, evaluate, network
+from .report import curves, describe, in_words, processor, summarise, table
+from .run import Job, Run, batches_of
 from .settings import OF_THE_MACHINE, Settings
 from .team import ALONE, Team
 
+LABELS = {"homotopy": "HTA", "average": "local SGD", "diloco": "DiLoCo"}  # of each coupling of copies
 PATIENCE = 3  # epochs in a row whose loss is not finite, after which a run is given up
 
 
 def jobs(settings: Settings) -> list[Job]:
     """The runs that the settings ask for, in order."""
     kinds = []
-    if settings.method != "hta":
+    if settings.method in ("sgd", "compare"):
         kinds.append(("SGD", "sgd", settings.epochs))
     if settings.method == "compare":
         kinds.append(("SGD, equal work", "sgd", settings.equal_work_epochs))
-    if settings.method != "sgd":
-        kinds.append(("HTA" if settings.coupling == "homotopy" else "local SGD", "hta", settings.epochs))
+    if settings.trains_copies:
+        kinds.append((LABELS[settings.coupling], "hta", settings.epochs))
+    if settings.method == "ddp":
+        kinds.append(("DDP", "ddp", settings.epochs))
     return [Job(*kind, seed) for seed in range(settings.seed, settings.seed + settings.seeds) for kind in kinds]
 
 
@@ -76,6 +77,10 @@ class Trainer:
             raise ValueError(
                 f"copies is {settings.copies}, but there are {team.size} processes: start {settings.copies}, or one "
                 "without torchrun"
+            )
+        if team.group is None and settings.method == "ddp":
+            raise ValueError(
+                "method must be sgd in one process, with a batch_size of all processes', got 'ddp', which torchrun starts"
             )
         self.team, self.settings, self.stop = team, settings, stop
         self.progress: Callable[..., None] = progress if team.leads else _nothing
@@ -199,6 +204,8 @@ class Trainer:
         job = self.jobs[self.done]
         # The one that the run was begun with, whatever is fastest here: blocks of a partition depend on it.
         settings = replace(self.settings, memory_format=self.machine["memory_format"])
+        if job.method == "ddp":  # a batch is all processes' together
+            settings = replace(settings, batches="shared", batch_size=settings.copies * settings.batch_size)
         return Run(settings, job, batches_of(self.images, settings, job.seed), self.report, saved, self.team)
 
     def _epoch(self, run: Run) -> bool:
@@ -304,11 +311,11 @@ class Trainer:
             summary = json.loads((self.out / "summary.json").read_text())
         else:
             save_atomically(self.out / "curves.png", lambda path: curves(self.rows, path))
-            summary = summarise(self.rows, self.settings, self.fingerprint)
+            summary = summarise(self.rows, self.settings, self.fingerprint, len(self.images.test))
             write_json(self.out / "summary.json", summary)
-        files = ", ".join(sorted(p.name for p in self.out.iterdir() if not p.name.startswith(".")))
-        files = textwrap.fill(f"{self.out}: {files}", 79, subsequent_indent="  ", break_on_hyphens=False)
-        self.report(f"\n{table(summary)}\n\n{files}")
+        summary.setdefault("test_images", len(self.images.test))  # version 0.1 did not say
+        words = in_words(summary, self.out, f"{self.jobs[-1].name}.pt", called("hta-train"))
+        self.report(f"\n{table(summary)}\n\n{words}")
 
 
 def _nothing(*_: Any) -> None:
@@ -379,37 +386,6 @@ def _check_record(config: Path, settings: Settings) -> None:
     if names:
         differences = ", ".join(f"{n} is {found.get(n)!r}, but the run has {ours.get(n)!r}" for n in names)
         raise ValueError(f"{config}: {differences}: {cure}")
-
-
-def evaluate_file(file: Path, settings: Settings) -> tuple[float, float]:
-    """Loads an exported state_dict into the plain VGG of the settings and returns its test loss and accuracy (in %).
-
-    Raises:
-        ValueError: the file holds something else; the message names it.
-    """
-    wanted = f"a state_dict of {settings.model} at width {settings.width:g}, as a run exports it, is expected"
-    if file.is_dir():
-        raise ValueError(f"{file} is a folder, where {wanted}")
-    content = io.BytesIO(file.read_bytes())
-    try:
-        state = torch.load(content, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, OSError) as error:  # torch.load's
-        raise ValueError(f"{file} is no file that torch.save wrote, where {wanted}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        hint = f" (it is a checkpoint: --resume {file.parent})" if isinstance(state, dict) and "rows" in state else ""
-        raise ValueError(f"{file} holds no state_dict, where {wanted}{hint}")
-    model = network(settings)
-    for name, tensor in model.state_dict().items():
-        held = tuple(state[name].shape) if name in state else "missing"
-        if held != tuple(tensor.shape):
-            raise ValueError(f"{file} holds another network: {name} is {held}, not {tuple(tensor.shape)}; {wanted}")
-    for name in state.keys() - model.state_dict().keys():
-        raise ValueError(f"{file} holds another network: {name} is none of its tensors; {wanted}")
-    model.load_state_dict(state)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    images = data.load(settings.dataset, settings.data_dir, settings.download)
-    return evaluate(model, batches_of(images, settings, settings.seed), settings)
 
 
 def _tensorboard(out: Path) -> Any:

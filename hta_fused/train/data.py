@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..extras import needs
 from ..files import save_atomically
 from ..ops import batch_
 
@@ -91,7 +92,8 @@ def load(dataset: str, data_dir: Path = Path("data"), download: bool = False) ->
 
 def digits() -> Images:
     """scikit-learn's 1,797 scanned digits (8×8, 17 grey levels), shown as 32×32; a fixed fifth is the test set."""
-    from sklearn.datasets import load_digits
+    with needs("train"):
+        from sklearn.datasets import load_digits
 
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images).float()[:, None] / 16
@@ -157,7 +159,8 @@ def cifar10(data_dir: Path, download: bool = False) -> Images:
 
 def fetch(url: str, path: Path, sha256: str) -> None:
     """Downloads url to path with a progress bar; the file appears under its name only once its checksum is right."""
-    from tqdm import tqdm
+    with needs("train"):
+        from tqdm import tqdm
 
     def download(partial: Path) -> None:
         digest = hashlib.sha256()

@@ -1,6 +1,7 @@
-"""Whether this machine can do what the settings ask. Knows the networks' sizes; imports settings.py and vgg.py."""
+"""Whether this machine can do what the settings ask, and what it is fastest in. Knows the networks' sizes; imports settings.py and vgg.py."""
 
 import os
+from typing import Any, Literal
 
 import torch
 
@@ -47,9 +48,19 @@ def check(settings: Settings, processes: int | None = None) -> None:
         )
 
 
+def fastest_precision() -> Literal["fp32", "bf16"]:
+    """In which networks train faster on this processor: bfloat16 where it multiplies in it, else float32, several times.
+
+    A torch that cannot say what the processor can counts as one that cannot.
+    """
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
+
+
 def memory(settings: Settings, copies: int | None = None) -> int:
     """Bytes that parameters, gradients, momenta, the anchor and averages take, of some or of all copies; activations and images come on
     top."""
     one = 3 + bool(settings.ema) + bool(settings.swa)
-    tensors = one if settings.method == "sgd" else max(one, 3 * (copies or settings.copies) + 1)
+    apart = 3 * (copies or settings.copies) + (4 if settings.coupling == "diloco" else 1)
+    tensors = max(one, apart) if settings.trains_copies else one
     return 4 * tensors * parameter_count(settings.model, settings.batch_norm, settings.width)

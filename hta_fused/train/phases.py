@@ -1,4 +1,5 @@
-"""The phases of a run: Coupled trains copies apart, Merged trains one network; a run asks both the same questions.
+"""The phases of a run: Coupled trains copies apart, Merged and
+DataParallel train one network; a run asks both the same questions.
 
 Imports the package's optimizer and copies; knows nothing of batches and runs.
 """
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..optim import CoupledOptimizer
@@ -16,6 +18,7 @@ from ..proposals import SGD
 from ..replicas import Replicas
 from .data import mixed
 from .graphs import Plan
+from .rivals import OuterSGD, data_parallel
 from .settings import Settings
 from .team import Team
 
@@ -29,6 +32,7 @@ class Coupled:
     Attributes:
         networks: what is trained here.
         numbers: theirs, among all `count` of them.
+        draws: for what a loss is taken of, by its id, whose random numbers it draws: a copy's, or a process's.
         optimizer: steps all of them.
         L: of this epoch; NaN where the coupling has none, 0 where there is one network.
         distance: between the copies; 0 where there is one network.
@@ -40,14 +44,22 @@ class Coupled:
         self.team = team
         partition = BY_NAME[s.partition](model, None if s.part == "all" else s.part, blocks=s.copies)
         self.replicas = Replicas(
-            model, s.copies, partition, s.anchor, s.start, compute_dtype=s.compute_dtype, group=team.group
-        )
+            model, s.copies, partition, s.anchor, s.start, compute_dtype=s.compute_dtype,
+            master_format=s.master_format, anchor_format=s.anchor_format, group=team.group,
+        )  # fmt: skip
         self.networks = self.replicas.copies
         self.count = s.copies
         self.numbers = range(s.copies) if team.group is None else range(team.rank, team.rank + 1)
+        self.draws = dict(zip(map(id, self.networks), self.numbers, strict=True))
         self.L = s.L_at(0)
         sgd = SGD(s.lr, s.momentum, s.weight_decay)
-        self.optimizer = CoupledOptimizer(self.replicas, sgd, s.coupling_at(self.L), capturable=s.captures)
+        self.optimizer = CoupledOptimizer(
+            self.replicas, sgd, s.coupling_at(self.L), capturable=s.captures, state_format=s.state_format
+        )
+        self.outer: OuterSGD | None = None
+        if s.coupling == "diloco":
+            rows = [[row] for row in self.replicas.params]
+            self.outer = OuterSGD(rows, s.every, s.outer_lr, s.outer_momentum, team.group)
 
     @property
     def distance(self) -> float:
@@ -86,6 +98,9 @@ class Coupled:
         if self.team.group is not None and (scaler.is_enabled() or math.isinf(self.L)):
             self._spoil_together()
         scaler.step(self.optimizer)
+        if self.outer is not None and self.outer.step() and self.replicas.low is not None:
+            self.replicas.low.copy_(self.replicas.params)
+            self.replicas.written()
         if self.settings.partition == "hashed" and self.settings.resample == "step":
             self.replicas.partition.resample()
 
@@ -121,7 +136,8 @@ class Coupled:
 
     def state(self) -> State:
         """Of all copies, one process's or a team's; in a team rank 0's counts."""
-        own = {"networks": self.replicas.state_dict(), "optimizer": self.optimizer.state_dict()}
+        own: State = {"networks": self.replicas.state_dict(), "optimizer": self.optimizer.state_dict()}
+        own |= {"outer": self.outer.state_dict()} if self.outer is not None else {}
         return own if self.team.group is None else _united(self.team.gather_for_rank_0(_on_host(own)))
 
     def load_state(self, state: State) -> None:
@@ -129,6 +145,8 @@ class Coupled:
             state = _part(state, self.numbers[0], self.count)
         self.replicas.load_state_dict(state["networks"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.outer is not None:
+            self.outer.load_state_dict(state["outer"])
 
 
 def _on_host(state: Any) -> Any:
@@ -147,7 +165,7 @@ def _united(parts: list[State]) -> State:
         for rank, part in enumerate(parts)
         for key, entry in part["optimizer"]["state"].items()
     }
-    return {
+    return parts[0] | {
         "networks": {key: value for part in parts for key, value in part["networks"].items()},
         "optimizer": {"state": state, "param_groups": [group | {"params": list(range(count * len(parts)))}]},
     }
@@ -160,7 +178,7 @@ def _part(state: State, rank: int, copies: int) -> State:
     entries = state["optimizer"]["state"]
     own = {key: entries[rank * count + key] for key in range(count) if rank * count + key in entries}
     prefix = f"copies.{rank}."
-    return {
+    return state | {
         "networks": {k: v for k, v in state["networks"].items() if k.startswith((prefix, "anchor", "_extra_state"))},
         "optimizer": {"state": own, "param_groups": [group | {"params": list(range(count))}]},
     }
@@ -180,6 +198,7 @@ class Merged:
     def __init__(self, settings: Settings, model: nn.Module):
         self.settings = s = settings
         self.networks = [model]
+        self.draws = {id(model): 0}
         lr = torch.tensor(s.lr, device=s.torch_device) if s.captures else s.lr
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True
@@ -229,10 +248,37 @@ class Merged:
                 group["lr"] = torch.as_tensor(group["lr"]).to(self.settings.torch_device)
 
 
+class DataParallel(Merged):
+    """Trains one network by SGD in all processes of a team: each takes a part of every batch, and DDP averages their gradients.
+
+    The batch is one process's, so that the result is that of SGD on all of it, but for batch norms, whose statistics are
+    those of a part; rank 0's are kept.
+    """
+
+    def __init__(self, settings: Settings, model: nn.Module, team: Team):
+        super().__init__(settings, model)
+        self.team = team
+        self.wrapped = data_parallel(model, team.group)
+        self.draws = {id(self.wrapped): team.rank}
+
+    def backward(self, loss: Callable[[nn.Module, Any], Tensor], batches: list[Any], scale: Scale) -> list[Tensor]:
+        ((images, labels),) = batches
+        rank, size = self.team.rank, self.team.size
+        part = [of.tensor_split(size)[rank] for of in (images, labels)]
+        weight = len(part[0]) * size / len(images)  # DDP counts every process alike
+        value = weight * loss(self.wrapped, part if weight else (images[:1], labels[:1]))
+        scale(value).backward()
+        mean = value.detach() / size
+        dist.all_reduce(mean, group=self.team.group)
+        return [mean]
+
+
 Phase = Coupled | Merged
 
 
 def phase_at(settings: Settings, method: str, epoch: int, model: nn.Module, team: Team) -> Phase:
-    """The phase that trains `epoch` of a run by `method` ("hta" or "sgd"), around a new model."""
+    """The phase that trains `epoch` of a run by `method` ("hta", "sgd" or "ddp"), around a new model."""
+    if method == "ddp":
+        return DataParallel(settings, model, team)
     coupled = method == "hta" and epoch < settings.L_schedule.epochs
     return Coupled(settings, model, team) if coupled else Merged(settings, model)

@@ -1,10 +1,12 @@
 """What a comparison's metrics say: a line per epoch, the summary and its table, the picture of the curves.
 
-Imports matplotlib when called, and of the package the settings.
+Imports matplotlib when called, and of the package the settings and pictures.py.
 """
 
+import math
 import platform
 import statistics
+import textwrap
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
@@ -13,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..extras import needs
+from ..pictures import name_ends, of_method
 from .settings import Settings
 
 Row = dict[str, Any]  # an epoch's metrics
@@ -63,7 +67,7 @@ def _number(value: float, width: int, form: str = ".3g") -> str:
     return text if len(text) <= width else f"{float(value):.1e}"
 
 
-def summarise(rows: list[Row], settings: Settings, fingerprint: str) -> dict[str, Any]:
+def summarise(rows: list[Row], settings: Settings, fingerprint: str, test_images: int) -> dict[str, Any]:
     """Mean and deviation over the seeds of each run's last epoch; a run's EMA and SWA stand below it."""
     runs = {}
     for label in dict.fromkeys(row["run"] for row in rows):
@@ -89,6 +93,7 @@ def summarise(rows: list[Row], settings: Settings, fingerprint: str) -> dict[str
         "runs": runs,
         "settings": settings.to_json(),
         "data": fingerprint,
+        "test_images": test_images,
         "machine": machine,
         "date": datetime.now().isoformat(timespec="seconds"),
     }
@@ -123,18 +128,77 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(line(row) for row in rows)
 
 
-def curves(rows: list[Row], path: Path) -> None:
-    """Test accuracy, training loss, and the copies' distance over the work done; a line per seed, a colour per run."""
-    import matplotlib
+def in_words(summary: dict[str, Any], out: Path, network: str, command: str) -> str:
+    """Three sentences: what the table shows, where the files are, what to try next.
 
+    A difference is called one where it is at least twice its standard error: over the seeds, paired, or for one seed
+    that of accuracies on so many test images.
+
+    Args:
+        summary: as `summarise` makes it.
+        out: the run's folder.
+        network: the name of one of its exported networks.
+        command: how hta-train is called here.
+    """
+    runs = summary["runs"]
+    label, run = [(name, run) for name, run in runs.items() if " + " not in name][-1]  # its averages stand below it
+    rivals = {name: runs[name] for name in ("SGD", "SGD, equal work") if name in runs and name != label}
+    images, seeds = summary["test_images"], len(run["accuracies"])
+    shows = f"{label} reaches {run['accuracy_mean']:.1f} ± {standard_error(run['accuracies'], images):.1f} %."
+    error = f"± is the standard error over {seeds} seeds."
+    if seeds == 1:
+        error = f"± is the standard error of one run's accuracy on {images:,} test images; --seeds 3 tells more."
+    following, flags = "set it beside SGD at equal epochs and at equal work:", "--method compare"
+    if rivals:
+        said = [_beside(run["accuracies"], rival["accuracies"], images, name) for name, rival in rivals.items()]
+        shows = f"{label} is {', and '.join(said)}. Its copies cost work, so equal work is the fair rival."
+        error += " A difference of less than twice that counts as none."
+        following = "copies with batches of their own, coupled tightly, then loosely, then merged:"
+        flags = "--batches own --partition none --schedule tight-loose-merge --L-stop 100 --epochs-per-L 3"
+    where = f"in {out}, curves.png shows every epoch, and {network} holds a trained network."
+    told = [f"What it shows: {shows} ({error})", f"Where it is: {where}", f"What to try: {following}"]
+    wrapped = [textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False) for text in told]
+    typed = textwrap.wrap(f"{command} {flags}", 73, break_on_hyphens=False)
+    return "\n".join(wrapped) + "\n    " + " \\\n      ".join(typed)
+
+
+def standard_error(accuracies: list[float], images: int) -> float:
+    """Of a mean accuracy, in points: over the seeds, or of one run on so many test images."""
+    if len(accuracies) > 1:
+        return statistics.stdev(accuracies) / math.sqrt(len(accuracies))
+    return math.sqrt(accuracies[0] * (100 - accuracies[0]) / images)
+
+
+def _beside(ours: list[float], theirs: list[float], images: int, name: str) -> str:
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    difference = statistics.fmean(differences)
+    error = (
+        standard_error(differences, 1)
+        if len(ours) > 1
+        else math.hypot(*(standard_error(a, images) for a in (ours, theirs)))
+    )
+    rival = "SGD at equal work" if name == "SGD, equal work" else "SGD at equal epochs"
+    if abs(difference) < 2 * error or not difference:
+        return f"level with {rival} ({difference:+.1f} ± {error:.1f} points)"
+    return f"{abs(difference):.1f} ± {error:.1f} points {'above' if difference > 0 else 'below'} {rival}"
+
+
+def curves(rows: list[Row], path: Path) -> None:
+    """Test accuracy, training loss, and the copies' distance over the work done; a line per seed, a colour per run, each
+    named where it ends."""
+    with needs("train"):
+        import matplotlib
+        from matplotlib import pyplot as plt
+        from matplotlib.ticker import LogLocator, MaxNLocator
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
     apart = any(row["copies"] > 1 for row in rows)
     figure, axes = plt.subplots(1, 2 + apart, figsize=(5 * (2 + apart), 4), layout="constrained")
-    for color, label in enumerate(dict.fromkeys(row["run"] for row in rows)):
-        for number, mine in enumerate(_by_seed(rows, label)):
-            style: dict[str, Any] = dict(color=f"C{color}", alpha=0.8, label=None if number else label)
+    ends = []
+    for order, label in enumerate(dict.fromkeys(row["run"] for row in rows)):
+        color, last = of_method(label, order), []
+        for mine in _by_seed(rows, label):
+            style: dict[str, Any] = dict(color=color, alpha=0.8)
             work = [sum(row["copies"] for row in mine[: i + 1]) for i in range(len(mine))]
             tested = [
                 (done, row["test_accuracy"])
@@ -146,16 +210,23 @@ def curves(rows: list[Row], path: Path) -> None:
             coupled = [row for row in mine if row["copies"] > 1]
             if coupled:
                 axes[2].plot([row["epoch"] for row in coupled], [row["distance"] for row in coupled], "o-", **style)
+            last.append(tested[-1])
+        ends.append((statistics.fmean(at for _, at in last), last[0][0], label, color))
+    accuracies = sorted(row["test_accuracy"] for row in rows if row["test_accuracy"] is not None)
+    low, high = max(0.0, accuracies[len(accuracies) // 5] - 5), accuracies[-1]
+    axes[0].set_ylim(low, high + 0.04 * (high - low) + 0.1)
+    name_ends(axes[0], ends)
     axes[0].set(xlabel="work: epochs × copies", title="test accuracy, %")
     axes[1].set(xlabel="work: epochs × copies", title="training loss, mean of the copies", yscale="log")
-    accuracies = sorted(row["test_accuracy"] for row in rows if row["test_accuracy"] is not None)
-    lowest = accuracies[len(accuracies) // 5]
-    axes[0].set_ylim(bottom=max(0.0, lowest - 5))
-    axes[0].legend()
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_formatter("")
     if apart:
         axes[2].set(xlabel="epoch", title="distance between the copies", ylim=(0, None))
-    for axis in axes:
-        axis.grid(alpha=0.3)
+    for panel in axes:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

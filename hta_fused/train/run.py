@@ -24,8 +24,8 @@ from .vgg import VGG
 class Job:
     """What one run is to do."""
 
-    label: str  # "HTA", "local SGD", "SGD", "SGD, equal work"
-    method: str  # "hta" or "sgd"
+    label: str  # "HTA", "local SGD", "DiLoCo", "SGD", "SGD, equal work", "DDP"
+    method: str  # "hta", "sgd" or "ddp"
     epochs: int
     seed: int
 
@@ -150,13 +150,13 @@ class Run:
     def step(self, size: int) -> None:
         """One batch: forward and backward of every network, and the update. Waits for nothing, so that it can be captured."""
         batches = [stream.next(size) for stream in self.streams]
-        numbers = dict(zip(map(id, self.phase.networks), self.phase.numbers, strict=True))
 
         def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             # Dropout's: the same, whichever process or thread has the copy. A graph's generator goes on by itself.
-            seed = mixed(self.job.seed, self.epoch, numbers[id(net)], self.batch)
+            seed = mixed(self.job.seed, self.epoch, self.phase.draws[id(net)], self.batch)
             if not self.losses.is_cuda:
-                net.seed(seed)  # type: ignore[operator]  # a VGG
+                vgg: Any = getattr(net, "module", net)  # DDP may have wrapped it
+                vgg.seed(seed)
             elif not self.settings.captures:
                 torch.manual_seed(seed)
             return self.loss(net, batch)
@@ -170,7 +170,9 @@ class Run:
     def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         with self.settings.autocast():
-            return F.cross_entropy(net(images), labels, label_smoothing=self.settings.label_smoothing)
+            return F.cross_entropy(
+                outputs(net, images, self.settings), labels, label_smoothing=self.settings.label_smoothing
+            )
 
     # ---------------------------------------------------------------------------------------------------- an epoch's end
 
@@ -235,7 +237,14 @@ def batches_of(images: Images, settings: Settings, seed: int) -> Batches:
     s = settings
     if s.train_images:
         images = images.drawn(s.train_images, seed, s.validate)
-    return Batches(images, s.batch_size, seed, s.torch_device, s.torch_memory_format, s.compute_dtype, s.flip)
+    return Batches(images, s.batch_size, seed, s.torch_device, s.torch_memory_format, s.batch_dtype, s.flip)
+
+
+def outputs(net: nn.Module, images: Tensor, settings: Settings) -> Tensor:
+    """A network's logits. Where it holds bfloat16 numbers but is computed in float32, it reads them as such."""
+    if settings.compute_dtype == settings.batch_dtype or settings.precision != "fp32":
+        return net(images)
+    return torch.func.functional_call(net, {name: p.float() for name, p in net.named_parameters()}, (images,))
 
 
 @torch.no_grad()
@@ -246,9 +255,9 @@ def evaluate(net: nn.Module, batches: Batches, settings: Settings) -> tuple[floa
     sums = []
     with settings.autocast():
         for images, labels in batches.unaugmented("test"):
-            logits = net(images).float()
+            logits = outputs(net, images, settings).float()
             if settings.tta and batches.images.flip:
-                logits = (logits + net(images.flip(3)).float()) / 2
+                logits = (logits + outputs(net, images.flip(3), settings).float()) / 2
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums.append(torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()]))
     net.train(was_training)

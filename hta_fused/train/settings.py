@@ -17,6 +17,7 @@ from ..couplings import Average, Coupling, Explicit, Homotopy
 from ..kernels.reference import MAX_COPIES
 from ..ops import rules_of
 from ..proposals import SGD
+from .rivals import OUTER_LR, OUTER_MOMENTUM
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OF_THE_MACHINE = ("data_dir", "download", "device", "graph", "threads", "timeout")  # may change where a run goes on
@@ -33,18 +34,21 @@ class Settings:
     """Train a VGG by homotopy (HTA), by SGD, or both beside each other.
 
     HTA trains coupled copies while L falls, then merges them and goes on with one. Two copies cost twice the work, so
-    `compare` sets it beside SGD at equal epochs and SGD at equal work.
+    `compare` sets it beside SGD at equal epochs and SGD at equal work. `ddp` is SGD by torch's DistributedDataParallel:
+    `copies` processes, each with a batch, average their gradients.
 
     Raises:
         ValueError: a setting that makes no sense; the message begins with its name.
     """
 
-    method: Literal["hta", "sgd", "compare"] = flag("compare", "method", "METHOD", "what to train")
+    method: Literal["hta", "sgd", "compare", "ddp"] = flag(
+        "compare", "method", "METHOD", "what to train; ddp: SGD in processes that average gradients"
+    )
     recipe: Literal["none", "paper"] = flag("none", "method", "RECIPE", "all other flags' defaults")
 
     model: Literal["vgg11", "vgg13", "vgg16", "vgg19"] = flag("vgg11", "network", "MODEL", "the network")
     batch_norm: bool = flag(True, "network", "", "a batch norm after each convolution")
-    width: float = flag(0.25, "network", "FACTOR", "on the number of channels; 1: all")
+    width: float = flag(0.125, "network", "FACTOR", "on the number of channels; 1: all")
     dropout: float = flag(0.5, "network", "P", "of the classifier's inputs, in training")
 
     dataset: Literal["digits", "cifar10", "synthetic"] = flag("digits", "data", "DATASET", "the images")
@@ -71,8 +75,12 @@ class Settings:
     anchor: Literal["init", "zero", "random"] = flag("init", "homotopy", "ANCHOR", "where blocks are pulled")
     start: Literal["copy", "independent"] = flag("copy", "homotopy", "START", "copies start equal or not")
     resample: Literal["epoch", "step"] = flag("epoch", "homotopy", "WHEN", "hashed blocks are drawn anew")
-    coupling: Literal["homotopy", "average"] = flag("homotopy", "homotopy", "COUPLING", "average: local SGD, no L")
+    coupling: Literal["homotopy", "average", "diloco"] = flag(
+        "homotopy", "homotopy", "COUPLING", "average: local SGD; diloco: SGD on what their mean has moved; no L"
+    )
     every: int = flag(1, "homotopy", "STEPS", "couple at each STEPS-th")
+    outer_lr: float = flag(OUTER_LR, "homotopy", "LR", "of diloco's outer SGD")
+    outer_momentum: float = flag(OUTER_MOMENTUM, "homotopy", "MOMENTUM", "of diloco's outer SGD, Nesterov's")
     mode: Literal["implicit", "explicit"] = flag("implicit", "homotopy", "MODE", "of the coupling's step")
     schedule: Literal["linear", "geometric", "constant", "tight-loose-merge"] = flag(
         "linear", "homotopy", "SCHEDULE", "how L falls; tight-loose-merge: L start, then L stop, above it"
@@ -83,7 +91,7 @@ class Settings:
     epochs_per_L: int = flag(1, "homotopy", "EPOCHS", "at each value of L")
     decoupled: int = flag(0, "homotopy", "EPOCHS", "at L = inf before the schedule")
 
-    epochs: int = flag(15, "optimisation", "EPOCHS", "in all, those before the merge too")
+    epochs: int = flag(9, "optimisation", "EPOCHS", "in all, those before the merge too")
     lr: float = flag(0.05, "optimisation", "LR", "the (highest) learning rate")
     lr_schedule: Literal["constant", "halve", "cosine", "one-cycle"] = flag(
         "cosine", "optimisation", "SCHEDULE", "LR falls"
@@ -102,9 +110,14 @@ class Settings:
     batch_size: int = flag(64, "optimisation", "IMAGES", "in a batch, of every copy")
     evaluate_every: int = flag(1, "optimisation", "EPOCHS", "test at each EPOCHS-th, and the last")
     seed: int = flag(0, "optimisation", "SEED", "of weights, order, crops, dropout")
-    seeds: int = flag(1, "optimisation", "SEEDS", "runs of everything, from --seed on")
+    seeds: int = flag(3, "optimisation", "SEEDS", "runs of everything, from --seed on")
 
     precision: Literal["fp32", "bf16", "fp16"] = flag("fp32", "machine", "DTYPE", "of autocast")
+    master_format: Literal["full", "split"] = flag(
+        "full", "machine", "FORMAT", "split: 24 bits of each master, of which coupled networks hold 16"
+    )
+    anchor_format: Literal["full", "bfloat16"] = flag("full", "machine", "FORMAT", "of the anchor")
+    state_format: Literal["full", "bfloat16", "8bit"] = flag("full", "machine", "FORMAT", "of the momentum")
     memory_format: Literal["auto", "channels_last", "contiguous"] = flag(
         "auto", "machine", "FORMAT", "of images and kernels; auto: what is fastest"
     )
@@ -129,6 +142,7 @@ class Settings:
             "threads",
             "train_images",
             "momentum",
+            "outer_momentum",
             "weight_decay",
             "seed",
             "L_start",
@@ -138,7 +152,7 @@ class Settings:
             if not 0 <= getattr(self, name) < math.inf:
                 wanted = "not be negative" if getattr(self, name) < 0 else "be finite"
                 raise ValueError(f"{name} must {wanted}, got {getattr(self, name)}")
-        for name in ("lr", "width", "L_step", "timeout"):
+        for name in ("lr", "outer_lr", "width", "L_step", "timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         limits = {"copies": MAX_COPIES, "seed": 2**32 - 1, "width": 10**12, "timeout": MOST, "train_images": MOST}
@@ -147,10 +161,13 @@ class Settings:
                 raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if not self.warmup < self.epochs:
             raise ValueError(f"warmup must be under epochs, {self.epochs}, got {self.warmup}")
-        if not self.momentum < 1:
-            raise ValueError(f"momentum must be under 1, got {self.momentum}")
+        for name in ("momentum", "outer_momentum"):
+            if not getattr(self, name) < 1:
+                raise ValueError(f"{name} must be under 1, got {getattr(self, name)}")
         if self.validate and not self.train_images:
             raise ValueError("validate must have images to test on: give train_images, fewer than there are")
+        if self.master_format == "split" and self.coupling == "diloco":
+            raise ValueError("master_format must be full where the coupling is diloco, got 'split'")
         if not 0 <= self.swa <= 1:
             raise ValueError(f"swa must be from 0 to 1, got {self.swa}")
         for name in ("dropout", "label_smoothing", "ema"):
@@ -173,7 +190,7 @@ class Settings:
             if self.L_start > self.L_stop:
                 raise ValueError(f"L_start must be at most L_stop, {self.L_stop}, where the schedule is {self.schedule}, "
                                  f"got {self.L_start}")  # fmt: skip
-            if self.method != "sgd" and self.partition != "none":
+            if self.trains_copies and self.partition != "none":
                 raise ValueError(f"partition must be none where the schedule is {self.schedule}, whose large L would hold "
                                  f"anchored blocks in place, got {self.partition!r}")  # fmt: skip
         if self.schedule == "linear":
@@ -186,19 +203,19 @@ class Settings:
             values += math.log(self.L_stop / self.L_start) / math.log(1 - self.L_step)
         if values * self.epochs_per_L > MOST:
             raise ValueError(f"L_step must leave at most {MOST} epochs before the merge, got {self.L_step}")
-        if self.method != "sgd" and self.L_schedule.epochs > self.epochs:
+        if self.trains_copies and self.L_schedule.epochs > self.epochs:
             least = self.L_schedule.epochs
             raise ValueError(f"epochs must be at least {least}, which the schedule of L takes, got {self.epochs}")
         for name in ("ema", "swa"):
-            if getattr(self, name) and self.method != "sgd" and self.L_schedule.epochs == self.epochs:
+            if getattr(self, name) and self.trains_copies and self.L_schedule.epochs == self.epochs:
                 raise ValueError(f"{name} must be 0 where no epoch is left after the merge, got {getattr(self, name)}")
 
     def _check_numbers(self) -> None:
         """Refuses what the coupled step would refuse when it comes to it."""
-        if self.method == "sgd":
+        if not self.trains_copies:
             return
-        if self.coupling == "average" and self.partition != "none":
-            raise ValueError(f"partition must be none where the coupling is average, got {self.partition!r}")
+        if self.coupling != "homotopy" and self.partition != "none":
+            raise ValueError(f"partition must be none where the coupling is {self.coupling}, got {self.partition!r}")
         for L in (self.L_schedule.values[0], self.L_schedule.values[-1]):
             try:
                 sgd = SGD(self.lr, self.momentum, self.weight_decay)
@@ -208,6 +225,11 @@ class Settings:
                 why = f"they must give {limit}" if limit else error
                 numbers = f"lr {self.lr:g} and weight_decay {self.weight_decay:g}"
                 raise ValueError(f"{numbers} cannot go with L {L:g} and mode {self.mode}: {why}") from None
+
+    @property
+    def trains_copies(self) -> bool:
+        """Whether some run trains copies, by HTA or by another coupling."""
+        return self.method in ("hta", "compare")
 
     @property
     def L_schedule(self) -> L_schedules.Schedule:
@@ -233,9 +255,11 @@ class Settings:
         return self.L_schedule(epoch) if self.coupling == "homotopy" else math.nan
 
     def coupling_at(self, L: float) -> Coupling:
-        """What pulls the copies together in an epoch of this L."""
+        """What pulls the copies together in an epoch of this L; nothing where DiLoCo's outer step does."""
         if self.coupling == "average":
             return Average(every=self.every)
+        if self.coupling == "diloco":
+            return Homotopy(math.inf)
         return (Explicit if self.mode == "explicit" else Homotopy)(L, every=self.every)
 
     def lr_at(self, progress: float, total: int, step: float = 0.0) -> float:
@@ -265,8 +289,8 @@ class Settings:
 
     @property
     def captures(self) -> bool:
-        """Whether the training step is to be captured in a CUDA graph."""
-        return self.graph and self.torch_device.type == "cuda"
+        """Whether the training step is to be captured in a CUDA graph. DiLoCo's periods are the host's to count."""
+        return self.graph and self.torch_device.type == "cuda" and self.coupling != "diloco"
 
     @property
     def chosen_format(self) -> Literal["channels_last", "contiguous"]:
@@ -282,8 +306,16 @@ class Settings:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of batches and coupled networks: a GPU's kernels write what is computed in; on the CPU autocast casts."""
-        return PRECISIONS[self.precision] if self.torch_device.type == "cuda" else torch.float32
+        """Of coupled networks' parameters: a GPU's kernels write what is computed in; on the CPU autocast casts. Of split
+        masters the networks hold one part."""
+        if self.master_format == "split" and self.precision == "fp32":
+            return torch.bfloat16
+        written = self.torch_device.type == "cuda" or self.master_format == "split"
+        return PRECISIONS[self.precision] if written else torch.float32
+
+    @property
+    def batch_dtype(self) -> torch.dtype:
+        return torch.float32 if self.precision == "fp32" else self.compute_dtype
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.torch_device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32")
@@ -330,6 +362,13 @@ HINTS: dict[str, Any] = get_type_hints(Settings)  # each field's type
 
 # Table 2's networks: batch norm, lr 0.05 halved every 30 of 300 epochs; L = 0.01 … 0.005, four epochs each.
 PAPER = Settings(
-    recipe="paper", dataset="cifar10", width=1.0, epochs=300, lr_schedule="halve", batch_size=128, epochs_per_L=4
+    recipe="paper",
+    dataset="cifar10",
+    width=1.0,
+    epochs=300,
+    seeds=1,
+    lr_schedule="halve",
+    batch_size=128,
+    epochs_per_L=4,
 )
 RECIPES = {"none": Settings(), "paper": PAPER}

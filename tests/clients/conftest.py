@@ -8,7 +8,17 @@ from importlib.util import find_spec
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads anything
-CLIENTS = ("lightning", "accelerate", "transformers", "timm", "safetensors", "onnx", "onnxscript", "onnxruntime")
+CLIENTS = (
+    "lightning",
+    "accelerate",
+    "transformers",
+    "timm",
+    "safetensors",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "pytorch_optimizer",
+)
 collect_ignore_glob = [] if all(map(find_spec, CLIENTS)) else ["test_*.py"]  # `make test` has none of them
 
 if find_spec("torchvision"):  # which timm and Lightning import

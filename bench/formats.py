@@ -1,0 +1,173 @@
+"""The coupled step over buffers in formats of their own: its time beside float32's, and the memory of a training step.
+
+A step's floor is its bytes; where it takes longer than they do, it is its arithmetic that is waited for.
+"""
+
+import gc
+import multiprocessing
+import resource
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hta_fused as hta
+from hta_fused.train.vgg import VGG
+
+from . import measure, rivals, workloads
+
+FULL, LOW, SPLIT, SPLIT_16, SPLIT_8 = (
+    "float32",
+    "bfloat16 gradients and copies, float32 masters",
+    "split masters",
+    "split masters, bfloat16 momentum and anchor",
+    "split masters, 8-bit momentum, bfloat16 anchor",
+)
+FORMATS: dict[str, dict[str, Any]] = {
+    FULL: {},
+    LOW: {"compute_dtype": torch.bfloat16},
+    SPLIT: {"compute_dtype": torch.bfloat16, "master_format": "split"},
+    SPLIT_16: {"compute_dtype": torch.bfloat16, "master_format": "split", "anchor_format": "bfloat16", "state_format": "bfloat16"},
+    SPLIT_8: {"compute_dtype": torch.bfloat16, "master_format": "split", "anchor_format": "bfloat16", "state_format": "8bit"},
+}  # fmt: skip
+COMPILED = "torch.compile"
+
+
+def optimizer_of(model: nn.Module, copies: int, proposal: str, formats: dict[str, Any]) -> hta.CoupledOptimizer:
+    """Copies of a model in these formats, coupled by homotopy."""
+    options = {k: v for k, v in formats.items() if k != "state_format"}
+    replicas = hta.Replicas(model, copies, **options)
+    return hta.CoupledOptimizer(
+        replicas, rivals.PROPOSALS[proposal], hta.Homotopy(0.01), skip_nonfinite=False,
+        state_format=formats.get("state_format", "full"),
+    )  # fmt: skip
+
+
+def bytes_per_element(optimizer: hta.CoupledOptimizer) -> float:
+    """What a step has to move for each element of all copies: gradients and anchor in, low copies out, the rest both ways."""
+    replicas, masters = optimizer.replicas, optimizer.replicas.masters
+    both = [masters.rows, masters.corrections, *optimizer._buffers.values(), *optimizer._scales.values()]
+    once = [replicas.grads, replicas.anchor, masters.low]
+    moved = sum(2 * t.nbytes for t in both if t is not None) + sum(t.nbytes for t in once if t is not None)
+    return moved / replicas.layout.numel
+
+
+def table(counts: list[int], proposals: list[str]) -> dict[str, Any]:
+    """Bytes that a step moves for each element, by format, proposal and number of copies."""
+    rows = []
+    for name, formats in FORMATS.items():
+        row: dict[str, Any] = {"format": name}
+        for proposal in proposals:
+            for m in counts:
+                optimizer = optimizer_of(nn.Linear(256, 64, bias=False), m, proposal, formats)
+                row[f"{proposal}, m = {m}"] = f"{bytes_per_element(optimizer):.2f}"
+        rows.append(row)
+    return {"title": "Bytes an element, by format, proposal and copies", "rows": rows}
+
+
+def steps(copies: int, proposal: str, elements: int, rounds: int) -> dict[str, Any]:
+    """The step in every format, and torch.compile of the same update over float32 and over float32 masters."""
+    gc.collect()
+    times: dict[str, Callable[[], Any]] = {}
+    bytes_: dict[str, float] = {}
+    for name, formats in FORMATS.items():
+        optimizer = optimizer_of(nn.ParameterList([0.05 * torch.randn(2, elements // 2)]), copies, proposal, formats)
+        optimizer.replicas.grads.normal_(std=1e-3)
+        optimizer.step()
+        times[name], bytes_[name] = optimizer.step, bytes_per_element(optimizer)
+    for name, compute_dtype in ((FULL, None), (LOW, torch.bfloat16)):
+        load = workloads.flat(elements, copies=copies, proposal=proposal, compute_dtype=compute_dtype)
+        times[f"{COMPILED}: {name}"] = rivals.compiled(load.problem)
+        bytes_[f"{COMPILED}: {name}"] = load.moved
+    taken = measure.measure(times, rounds)
+    return {
+        "title": f"Formats, {copies} copies, {elements / 1e6:.1f} M elements, {proposal}",
+        "base": FULL,
+        "times": taken,
+        "bytes": bytes_,
+        "bandwidth": {name: bytes_[name] * elements / taken[name][0] for name in times},
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+class Transformer(nn.Module):
+    """GPT-2 small, 124 M: torch's own layers, the embedding tied to the head."""
+
+    def __init__(self, words: int = 50257, width: int = 768, layers: int = 12, length: int = 1024):
+        super().__init__()
+        self.embedding, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
+        layer = nn.TransformerEncoderLayer(
+            width, width // 64, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, dtype=self.places.weight.dtype)
+        hidden = self.embedding(x) + self.places.weight[:length]
+        return F.linear(self.layers(hidden, mask, is_causal=True), self.embedding.weight)
+
+
+def _vgg16() -> tuple[nn.Module, Tensor, Tensor]:
+    return VGG("vgg16"), torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+
+
+def _transformer() -> tuple[nn.Module, Tensor, Tensor]:
+    return Transformer(), torch.randint(50257, (1, 128)), torch.randint(50257, (1, 128))
+
+
+TASKS: dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]] = {"vgg16": _vgg16, "transformer-124m": _transformer}
+
+
+def _peak(task: str, copies: int, proposal: str, formats: dict[str, Any], answer: Any) -> None:
+    """Sends the most memory that two whole training steps held, and what of it lies in flat buffers; in a process of its own."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model, x, y = TASKS[task]()
+    optimizer = optimizer_of(model, copies, proposal, formats)
+    replicas, masters = optimizer.replicas, optimizer.replicas.masters
+    dtype = replicas.compute_dtype or torch.float32
+    x = x.to(dtype) if x.is_floating_point() else x
+
+    def loss(net: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return F.cross_entropy(net(x).flatten(0, -2).float(), y.flatten())
+
+    for _ in range(2):
+        optimizer.zero_grad()
+        replicas.backward(loss)
+        optimizer.step()
+    flat = [masters.rows, masters.corrections, masters.low, replicas.grads, replicas.anchor]
+    flat += [*optimizer._buffers.values(), *optimizer._scales.values()]
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer.send(((after - before) * 1024, sum(t.nbytes for t in flat if t is not None)))
+
+
+def memory(task: str, copies: int, proposal: str) -> dict[str, Any]:
+    """Peak memory of a whole training step in each format, each measured in a process of its own."""
+    rows = []
+    for name, formats in FORMATS.items():
+        mine, theirs = multiprocessing.get_context("spawn").Pipe()
+        process = multiprocessing.get_context("spawn").Process(
+            target=partial(_peak, task, copies, proposal, formats, theirs)
+        )
+        process.start()
+        theirs.close()
+        try:
+            peak, flat = mine.recv()
+        except EOFError:
+            raise RuntimeError(f"the process that measured {task} ended with exit code {process.exitcode}") from None
+        finally:
+            process.join()
+        rows.append(
+            {
+                "format": name,
+                "peak of a step, MB": f"{peak / 1e6:.0f}",
+                "buffers of all copies, MB": f"{flat / 1e6:.0f}",
+            }
+        )
+    return {"title": f"Memory, {task}, {copies} copies, {proposal}", "rows": rows}
