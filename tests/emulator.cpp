@@ -123,7 +123,7 @@ static void fill() {
   if (!kernels.empty()) return;
 #define HTA_ADD(kernel) add(#kernel, kernel);
 #ifdef FEW
-  HTA_STEP_KERNELS(HTA_ADD, float, float) HTA_STEP_KERNELS(HTA_ADD, Packed, Packed)
+  HTA_STEP_KERNELS(HTA_ADD, FEW, FEW)
 #else
   HTA_KERNELS(HTA_ADD)
 #endif

@@ -16,7 +16,7 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
-from conftest import AVAILABLE, GPU, GPU_BACKENDS, LABELS, pattern, relative_error
+from conftest import AVAILABLE, GPU, GPU_BACKENDS, LABELS, needs_emulator, pattern, relative_error
 
 import hta_fused as hta
 from hta_fused import kernels, ops
@@ -299,10 +299,9 @@ def test_codes_that_name_nothing_are_read_as_harmless(backend):
 
 # -------------------------------------------------------------------------------------------------- the emulator itself
 
-needs_emulator = pytest.mark.skipif(emulation.COMPILER is None, reason="no C++ compiler")
 PLANTED = {
     "barrier": ("  __syncthreads();\n  if (threadIdx.x != 0) return;", "  if (threadIdx.x != 0) return;"),
-    "half a warp's sums": ("int distance = 16; distance > 0", "int distance = 8; distance > 0"),
+    "half a warp's sums": ("distance = 16; distance > 0; distance /= 2) sums", "distance = 8; distance > 0; distance /= 2) sums"),
     "another tile's code": ("pattern.codes + 2 * (i / kTile)", "pattern.codes + 2 * (i / (2 * kTile))"),
     "a tail's end": ("for (int at = whole + threadIdx.x; at < count;", "for (int at = whole + threadIdx.x; at < count - 1;"),
     "another copy's rule": ("(label * (m + 1) + j) * kRule", "(label * (m + 1)) * kRule"),
@@ -312,36 +311,10 @@ PLANTED = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def emulated(monkeypatch, tmp_path):
-    """Runs the GPU's source on the CPU with changes to its text: {file: (was, planted)}."""
-    monkeypatch.setattr(nvrtc, "launch", emulation.launch)
-    monkeypatch.setattr(nvrtc, "why_not", lambda device: "")
-    source = nvrtc.SOURCE
-
-    def plant(file: str, was: str, planted: str) -> None:
-        (tmp_path / "gpu").mkdir()
-        for name in ("arithmetic.h", "formats.h", "args.h", "gpu/rows.cuh", "gpu/kernels.cuh"):
-            text = (source / name).read_text()
-            if name == file:
-                assert text.count(was) == 1
-                text = text.replace(was, planted)
-            (tmp_path / name).write_text(text)
-        monkeypatch.setattr(nvrtc, "SOURCE", tmp_path)
-        nvrtc.structs.cache_clear()
-        changed = emulation.library.__wrapped__(few=True)
-        monkeypatch.setattr(emulation, "library", lambda: changed)
-        hta.use_backend("nvrtc")
-
-    yield plant
-    hta.use_backend(None)
-    nvrtc.structs.cache_clear()
-
-
 @needs_emulator
 @pytest.mark.parametrize("planted", PLANTED)
 def test_a_planted_mistake_shows_in_the_emulator(emulated, planted):
-    emulated("gpu/kernels.cuh", *PLANTED[planted])
+    emulated(*PLANTED[planted])
     proposal, unraised = PROPOSALS["momentum"], planted == "a flag nobody raises"
 
     def compare():
@@ -360,7 +333,7 @@ def test_a_planted_mistake_shows_in_the_emulator(emulated, planted):
 @needs_emulator
 def test_the_mirror_of_the_arguments_follows_the_header(emulated):
     """Two pointers that change places in csrc/args.h change places in what nvrtc.py hands over."""
-    emulated("args.h", "  const T* anchor;\n  T* centre;", "  T* centre;\n  const T* anchor;")
+    emulated("  const T* anchor;\n  T* centre;", "  T* centre;\n  const T* anchor;")
     tensors = tensors_of(2, 3001, torch.float32, PROPOSALS["momentum"])
     assert_same(*both(tensors, pattern("mixed", 3001)[0], PROPOSALS["momentum"], hta.Homotopy(0.05)))
 
@@ -368,7 +341,7 @@ def test_the_mirror_of_the_arguments_follows_the_header(emulated):
 @needs_emulator
 def test_a_header_that_cannot_be_mirrored_is_an_error(emulated):
     with pytest.raises(RuntimeError, match="struct PenaltyArgs has a line that nvrtc.py cannot read: T wrong, value;"):
-        emulated("args.h", "  T* value;\n", "  T wrong, value;\n")
+        emulated("  T* value;\n", "  T wrong, value;\n")
 
 
 # ------------------------------------------------------------------------------------------------------- the compilers
@@ -402,7 +375,9 @@ def nvrtc_targets() -> list[str]:
 @pytest.mark.parametrize("arch", nvrtc_targets())
 def test_nvrtc_compiles_every_kernel_without_spills(arch, tmp_path):
     kernel_names = emulation.library().kernel_names().decode().split()
-    expressions = ["hta::gpu::" + re.sub(r"\b(Half|BFloat16|Packed|Sgd|AdamW)\b", r"hta::\1", name) for name in kernel_names]
+    expressions = [
+        "hta::gpu::" + re.sub(r"\b(Half|BFloat16|Packed|Sgd|AdamW)\b", r"hta::\1", name) for name in kernel_names
+    ]
     lowered, cubin = nvrtc.compile_program(expressions, arch)
     used = resources(cubin, tmp_path)
     for name, symbol in zip(kernel_names, lowered, strict=True):

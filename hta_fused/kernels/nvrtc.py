@@ -311,8 +311,14 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
         found_inf=_scalar(found_inf), stats=stats, partial=scratch[1:], nonfinite=scratch, m=m, blocks=blocks_of(rules, m), proposal=proposal,
         phase=phase, explicit_mode=explicit_mode, guard=guard, corrections=corrections, scales=scales, noise=noise,
     )  # fmt: skip
-    dtype, grad_dtype, of_anchor = copies[0].dtype, (low or grads or copies)[0].dtype, centre if anchor is None else anchor
-    in_formats = bool(corrections) or any(t.dtype != dtype for t in (*states[:1], *([] if of_anchor is None else [of_anchor])))
+    dtype, grad_dtype, of_anchor = (
+        copies[0].dtype,
+        (low or grads or copies)[0].dtype,
+        centre if anchor is None else anchor,
+    )
+    in_formats = bool(corrections) or any(
+        t.dtype != dtype for t in (*states[:1], *([] if of_anchor is None else [of_anchor]))
+    )
     types = "hta::Packed, hta::Packed" if in_formats else f"{TYPES[dtype]}, {TYPES[grad_dtype]}"
     if in_formats:
         args.copies_format = _formats()[dtype, bool(corrections)]

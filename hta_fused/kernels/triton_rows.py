@@ -175,9 +175,6 @@ def write_state(
         y = real(size) * spread(factor) + least
         noise = bits & ((1 << 19) - 1) if RANDOM else 1 << 18
         code = (word(tl.where(y < _TOP, y, _TOP)) + noise - word(least)) >> 19
-        if SQUARE:
-            code = tl.where((x > 0) & (code == 0), 1, code)
-        else:
-            code = tl.where(x < 0, 0 - code, code) & 0xFF
+        code = tl.where((x > 0) & (code == 0), 1, code) if SQUARE else tl.where(x < 0, 0 - code, code) & 0xFF
         tl.store(at, most, mask=there)
         tl.store(states[row] + i, code.to(tl.uint8), mask=mask)
