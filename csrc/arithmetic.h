@@ -11,6 +11,7 @@
 // share, C either of the two. Results are rounded after each operation, never contracted: the same bits everywhere.
 #pragma once
 #ifdef __CUDACC_RTC__  // NVRTC has no standard headers
+using int8_t = signed char;
 using uint8_t = unsigned char;
 using uint16_t = unsigned short;
 using int32_t = int;

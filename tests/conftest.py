@@ -49,6 +49,33 @@ def backend(request, monkeypatch):
     torch.set_default_device(None)
 
 
+needs_emulator = pytest.mark.skipif(emulation.COMPILER is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def emulated(monkeypatch, tmp_path):
+    """Runs the GPU's source on the CPU with a change to its text: emulated(was, planted)."""
+    monkeypatch.setattr(nvrtc, "launch", emulation.launch)
+    monkeypatch.setattr(nvrtc, "why_not", lambda device: "")
+    sources = {str(path.relative_to(nvrtc.SOURCE)): path.read_text() for path in nvrtc.SOURCE.glob("**/*.*h")}
+
+    def plant(was: str, planted: str, few: str = "float") -> None:
+        assert sum(text.count(was) for text in sources.values()) == 1
+        (tmp_path / "gpu").mkdir()
+        for name, text in sources.items():
+            if not name.startswith("cpu"):
+                (tmp_path / name).write_text(text.replace(was, planted))
+        monkeypatch.setattr(nvrtc, "SOURCE", tmp_path)
+        nvrtc.structs.cache_clear()
+        changed = emulation.library.__wrapped__(few)
+        monkeypatch.setattr(emulation, "library", lambda: changed)
+        hta.use_backend("nvrtc")
+
+    yield plant
+    hta.use_backend(None)
+    nvrtc.structs.cache_clear()
+
+
 def pytest_collection_modifyitems(config, items):
     """Triton's interpreter takes a second for 30,000 elements, the emulator for a million: they are spared the largest
     size and near duplicates."""

@@ -1,4 +1,4 @@
-"""The GPU kernels on the CPU, for machines without a GPU: csrc/gpu/kernels.cuh under emulator.cpp, behind nvrtc.launch."""
+"""The GPU kernels on the CPU, for machines without a GPU: csrc/gpu under emulator.cpp, behind nvrtc.launch."""
 
 import ctypes
 import os
@@ -14,11 +14,11 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0])
 
 
 @cache
-def library(few: bool = False) -> ctypes.CDLL:
-    """The emulator, compiled once a session; `few`: with the float32 step's kernels only."""
+def library(few: str = "") -> ctypes.CDLL:
+    """The emulator, compiled once a session; `few`: with the step's kernels of one type only."""
     out = Path(tempfile.mkdtemp()) / "emulator.so"
     command = [COMPILER, "-O2", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas",
-               f"-I{nvrtc.SOURCE}", *["-DFEW"] * few, *nvrtc.definitions(), str(Path(__file__).with_name("emulator.cpp")), "-o", str(out)]  # fmt: skip
+               f"-I{nvrtc.SOURCE}", *[f"-DFEW={few}"] * bool(few), *nvrtc.definitions(), str(Path(__file__).with_name("emulator.cpp")), "-o", str(out)]  # fmt: skip
     subprocess.run(command, check=True)
     emulator = ctypes.CDLL(str(out))
     emulator.emulate.restype = emulator.kernel_names.restype = ctypes.c_char_p

@@ -1,7 +1,7 @@
 // Runs the GPU kernels of csrc/gpu/kernels.cuh on the CPU, from their own source: every thread of a block is a fiber.
 //
 // Between two barriers the threads of a block run in a random order, one after the other, so that a missing barrier
-// shows. A barrier that only some threads of a block reach is an error.
+// shows. A barrier that only some threads of a block reach is an error, as is a shuffle that some lanes of a warp miss.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -17,14 +17,15 @@
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx;
 static void barrier();
-template <class T> static T shuffle_down(T value, int distance);
+template <class T> static T shuffle(T value, unsigned lane);
 
 #define __device__
 #define __global__
 #define __shared__ static
 #define __launch_bounds__(...)
 #define __syncthreads barrier
-#define __shfl_down_sync(mask, value, distance) shuffle_down(value, distance)
+#define __shfl_down_sync(mask, value, distance) shuffle(value, threadIdx.x % 32 + distance)
+#define __shfl_xor_sync(mask, value, distance) shuffle(value, threadIdx.x % 32 ^ distance)
 #define HTA_DEVICE inline
 #include "gpu/kernels.cuh"
 
@@ -35,7 +36,7 @@ constexpr size_t kStack = 64 * 1024;
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  bool done = false;
+  enum { kRuns, kWaits, kDone } state = kRuns;
   int shuffles = 0;
 };
 static Fiber fibers[kThreads];
@@ -44,28 +45,32 @@ static std::function<void()> body;
 static double shuffled[2][kThreads];
 static std::mt19937 order(1);
 
-static void barrier() { swapcontext(&fibers[threadIdx.x].context, &scheduler); }
+static void pause(decltype(Fiber::state) state) {
+  fibers[threadIdx.x].state = state;
+  swapcontext(&fibers[threadIdx.x].context, &scheduler);
+}
+
+static void barrier() { pause(Fiber::kWaits); }
 
 // Two rooms in turn, since a thread may write the next value before another has read the last.
-template <class T> static T shuffle_down(T value, int distance) {
+template <class T> static T shuffle(T value, unsigned lane) {
   const unsigned self = threadIdx.x;
   double* room = shuffled[fibers[self].shuffles++ % 2];
   room[self] = value;
-  barrier();
-  return T(room[self % 32 + distance < 32 ? self + distance : self]);
+  pause(Fiber::kRuns);
+  return T(room[lane < 32 ? self - self % 32 + lane : self]);
 }
 
 static void enter() {
   body();
-  fibers[threadIdx.x].done = true;
-  swapcontext(&fibers[threadIdx.x].context, &scheduler);
+  pause(Fiber::kDone);
 }
 
 static const char* run_block() {
   std::vector<unsigned> threads(kThreads);
   for (unsigned t = 0; t < kThreads; ++t) {
     threads[t] = t;
-    fibers[t].done = false;
+    fibers[t].state = Fiber::kRuns;
     fibers[t].shuffles = 0;
     getcontext(&fibers[t].context);
     fibers[t].context.uc_stack.ss_sp = fibers[t].stack.get();
@@ -74,14 +79,20 @@ static const char* run_block() {
   }
   for (;;) {
     std::shuffle(threads.begin(), threads.end(), order);
-    int finished = 0;
+    int count[3] = {};
     for (const unsigned t : threads) {
       threadIdx.x = t;
-      swapcontext(&scheduler, &fibers[t].context);
-      finished += fibers[t].done;
+      if (fibers[t].state == Fiber::kRuns) swapcontext(&scheduler, &fibers[t].context);
+      ++count[fibers[t].state];
     }
-    if (finished == kThreads) return nullptr;
-    if (finished > 0) return "some threads of a block ended before a barrier that others wait at";
+    for (const unsigned t : threads) {
+      const Fiber &self = fibers[t], &first = fibers[t - t % 32];
+      if (self.state != first.state || self.shuffles != first.shuffles) return "a shuffle that only some lanes of a warp reach";
+    }
+    if (count[Fiber::kDone] == kThreads) return nullptr;
+    if (count[Fiber::kRuns]) continue;
+    if (count[Fiber::kDone]) return "some threads of a block ended before a barrier that others wait at";
+    for (Fiber& fiber : fibers) fiber.state = Fiber::kRuns;
   }
 }
 
@@ -112,7 +123,7 @@ static void fill() {
   if (!kernels.empty()) return;
 #define HTA_ADD(kernel) add(#kernel, kernel);
 #ifdef FEW
-  HTA_STEP_KERNELS(HTA_ADD, float, float)
+  HTA_STEP_KERNELS(HTA_ADD, FEW, FEW)
 #else
   HTA_KERNELS(HTA_ADD)
 #endif

@@ -16,7 +16,7 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
-from conftest import AVAILABLE, GPU, GPU_BACKENDS, LABELS, pattern, relative_error
+from conftest import AVAILABLE, GPU, GPU_BACKENDS, LABELS, needs_emulator, pattern, relative_error
 
 import hta_fused as hta
 from hta_fused import kernels, ops
@@ -160,7 +160,7 @@ def test_a_step_cut_at_its_sum_is_the_whole_step(backend, m, proposal):
     def run(used, sums, phase):
         step([used["copies"]], [used["grads"]] if phase & 1 else [], used["states"] if phase & 1 else [], [], used["anchor"],
              None, sums, labels.codes, labels.labels, None, rules, None, None, used["stats"], proposal.kernel, False, True,
-             phase)  # fmt: skip
+             phase, [], [], None)  # fmt: skip
 
     whole, cut, sums = clones(tensors), clones(tensors), torch.full((n,), 7.0)
     run(whole, None, 3)
@@ -190,7 +190,8 @@ def test_copies_by_themselves_whose_parts_are_summed_are_the_whole_step(backend,
         states = [v for buffer in used["states"] for v in buffer[rows]] if phase & 1 else []
         moved = used["anchor"] if coupling.moves_anchor and phase & 2 else None
         step([*copies], [*grads] if phase & 1 else [], states, [], used["anchor"], moved, sums, codes, bytes_, seed,
-             rules, None, None, used["stats"], proposal.kernel, False, False, phase)  # fmt: skip
+             rules, None, None, used["stats"], proposal.kernel, False, False, phase, [], [],
+             None)  # fmt: skip
 
     whole, cut = clones(tensors), clones(tensors)
     for used in (whole, cut):
@@ -290,17 +291,17 @@ def test_codes_that_name_nothing_are_read_as_harmless(backend):
     stats = torch.zeros(4, dtype=torch.float64)
     rules = ops.rules_of(hta.SGD(0.1), hta.Homotopy(0.1), 2)[None].to(stats.device, torch.float32)
     step = kernels.kernels(copies).step_
-    step([copies], [grads], [], [], None, None, None, codes, None, None, rules, None, None, stats, 0, False, False, 3)
+    step([copies], [grads], [], [], None, None, None, codes, None, None, rules, None, None, stats, 0, False, False, 3, [], [],
+         None)  # fmt: skip
     assert copies.isfinite().all()
     assert stats[2] == 0
 
 
 # -------------------------------------------------------------------------------------------------- the emulator itself
 
-needs_emulator = pytest.mark.skipif(emulation.COMPILER is None, reason="no C++ compiler")
 PLANTED = {
     "barrier": ("  __syncthreads();\n  if (threadIdx.x != 0) return;", "  if (threadIdx.x != 0) return;"),
-    "half a warp's sums": ("int distance = 16; distance > 0", "int distance = 8; distance > 0"),
+    "half a warp's sums": ("distance = 16; distance > 0; distance /= 2) sums", "distance = 8; distance > 0; distance /= 2) sums"),
     "another tile's code": ("pattern.codes + 2 * (i / kTile)", "pattern.codes + 2 * (i / (2 * kTile))"),
     "a tail's end": ("for (int at = whole + threadIdx.x; at < count;", "for (int at = whole + threadIdx.x; at < count - 1;"),
     "another copy's rule": ("(label * (m + 1) + j) * kRule", "(label * (m + 1)) * kRule"),
@@ -310,36 +311,10 @@ PLANTED = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def emulated(monkeypatch, tmp_path):
-    """Runs the GPU's source on the CPU with changes to its text: {file: (was, planted)}."""
-    monkeypatch.setattr(nvrtc, "launch", emulation.launch)
-    monkeypatch.setattr(nvrtc, "why_not", lambda device: "")
-    source = nvrtc.SOURCE
-
-    def plant(file: str, was: str, planted: str) -> None:
-        (tmp_path / "gpu").mkdir()
-        for name in ("arithmetic.h", "formats.h", "args.h", "gpu/kernels.cuh"):
-            text = (source / name).read_text()
-            if name == file:
-                assert text.count(was) == 1
-                text = text.replace(was, planted)
-            (tmp_path / name).write_text(text)
-        monkeypatch.setattr(nvrtc, "SOURCE", tmp_path)
-        nvrtc.structs.cache_clear()
-        changed = emulation.library.__wrapped__(few=True)
-        monkeypatch.setattr(emulation, "library", lambda: changed)
-        hta.use_backend("nvrtc")
-
-    yield plant
-    hta.use_backend(None)
-    nvrtc.structs.cache_clear()
-
-
 @needs_emulator
 @pytest.mark.parametrize("planted", PLANTED)
 def test_a_planted_mistake_shows_in_the_emulator(emulated, planted):
-    emulated("gpu/kernels.cuh", *PLANTED[planted])
+    emulated(*PLANTED[planted])
     proposal, unraised = PROPOSALS["momentum"], planted == "a flag nobody raises"
 
     def compare():
@@ -358,7 +333,7 @@ def test_a_planted_mistake_shows_in_the_emulator(emulated, planted):
 @needs_emulator
 def test_the_mirror_of_the_arguments_follows_the_header(emulated):
     """Two pointers that change places in csrc/args.h change places in what nvrtc.py hands over."""
-    emulated("args.h", "  const T* anchor;\n  T* centre;", "  T* centre;\n  const T* anchor;")
+    emulated("  const T* anchor;\n  T* centre;", "  T* centre;\n  const T* anchor;")
     tensors = tensors_of(2, 3001, torch.float32, PROPOSALS["momentum"])
     assert_same(*both(tensors, pattern("mixed", 3001)[0], PROPOSALS["momentum"], hta.Homotopy(0.05)))
 
@@ -366,7 +341,7 @@ def test_the_mirror_of_the_arguments_follows_the_header(emulated):
 @needs_emulator
 def test_a_header_that_cannot_be_mirrored_is_an_error(emulated):
     with pytest.raises(RuntimeError, match="struct PenaltyArgs has a line that nvrtc.py cannot read: T wrong, value;"):
-        emulated("args.h", "  T* value;\n", "  T wrong, value;\n")
+        emulated("  T* value;\n", "  T wrong, value;\n")
 
 
 # ------------------------------------------------------------------------------------------------------- the compilers
@@ -400,7 +375,9 @@ def nvrtc_targets() -> list[str]:
 @pytest.mark.parametrize("arch", nvrtc_targets())
 def test_nvrtc_compiles_every_kernel_without_spills(arch, tmp_path):
     kernel_names = emulation.library().kernel_names().decode().split()
-    expressions = ["hta::gpu::" + re.sub(r"\b(Half|BFloat16|Sgd|AdamW)\b", r"hta::\1", name) for name in kernel_names]
+    expressions = [
+        "hta::gpu::" + re.sub(r"\b(Half|BFloat16|Packed|Sgd|AdamW)\b", r"hta::\1", name) for name in kernel_names
+    ]
     lowered, cubin = nvrtc.compile_program(expressions, arch)
     used = resources(cubin, tmp_path)
     for name, symbol in zip(kernel_names, lowered, strict=True):

@@ -7,16 +7,9 @@
 // loads are the buffers'; codes and rules come while those are on their way, and are kept while a tile's code is that
 // of the last. Registers are held down so that several blocks share a multiprocessor.
 #pragma once
-#include "args.h"
-
-#ifndef HTA_DEVICE
-#define HTA_DEVICE __device__ __forceinline__
-#endif
+#include "rows.cuh"
 
 namespace hta::gpu {
-
-constexpr int kThreads = 256;
-constexpr int64_t kChunk = 8 * kTile;
 
 HTA_INLINE constexpr int64_t blocks(int64_t n) { return (n + kChunk - 1) / kChunk; }
 
@@ -24,48 +17,8 @@ HTA_INLINE constexpr int64_t blocks(int64_t n) { return (n + kChunk - 1) / kChun
 constexpr int64_t kMirror[] = {HTA_MIRROR};
 constexpr int64_t kOwn[] = {kThreads, kChunk, sizeof(StepArgs<float>), sizeof(PenaltyArgs<float>), sizeof(BatchArgs<float>)};
 template <int... k> constexpr bool mirrored() { return sizeof(kOwn) == sizeof(kMirror) && ((kOwn[k] == kMirror[k]) && ...); }
-static_assert(mirrored<0, 1, 2, 3, 4>(), "nvrtc.py is of another version than args.h and kernels.cuh");
+static_assert(mirrored<0, 1, 2, 3, 4>(), "nvrtc.py is of another version than args.h and rows.cuh");
 #endif
-
-// What one thread takes of one buffer.
-template <class T, int kLanes>
-struct alignas(sizeof(T) * kLanes < 16 ? sizeof(T) * kLanes : 16) Pack {
-  T lane[kLanes];
-};
-
-template <class T> constexpr int kLanesOf = 16 / sizeof(T);
-
-template <int kLanes, class T>
-HTA_DEVICE Pack<T, kLanes> load(const T* p) {
-  return *reinterpret_cast<const Pack<T, kLanes>*>(p);
-}
-
-template <int kLanes, class T>
-HTA_DEVICE void store(T* p, const Pack<T, kLanes>& pack) {
-  *reinterpret_cast<Pack<T, kLanes>*>(p) = pack;
-}
-
-template <int kCount> struct Lanes { static constexpr int count = kCount; };
-
-HTA_DEVICE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }  // null is
-
-template <class T>
-HTA_DEVICE bool aligned(T* const* rows, int count) {
-  bool all = true;
-  for (int j = 0; j < count; ++j) all = all && aligned(rows[j]);
-  return all;
-}
-
-// Calls body(lanes, index) for every element of this block's chunk: in groups of kLanes where `wide`, the rest one by one.
-template <int kLanes, class Body>
-HTA_DEVICE void each_group(int64_t n, bool wide, const Body& body) {
-  const int64_t begin = blockIdx.x * kChunk;
-  const int count = n - begin < kChunk ? int(n - begin) : int(kChunk), whole = wide ? count - count % kLanes : 0;
-#pragma unroll 1
-  for (int at = threadIdx.x * kLanes; at < whole; at += kThreads * kLanes) body(Lanes<kLanes>{}, begin + at);
-#pragma unroll 1
-  for (int at = whole + threadIdx.x; at < count; at += kThreads) body(Lanes<1>{}, begin + at);
-}
 
 // Adds up each thread's two sums in an order that never changes; thread 0 returns with the block's.
 HTA_DEVICE void add_up(double sums[2]) {
@@ -104,7 +57,8 @@ struct Labels {
   bool mixed = false;
   typename Bytes<kLanes>::type packed = 0;
 
-  HTA_DEVICE Labels(const Pattern& pattern, int64_t groups, int32_t blocks, int64_t i) {
+  template <class Group>
+  HTA_DEVICE Labels(Group lanes, const Pattern& pattern, int64_t groups, int32_t blocks, int64_t i) {
     int32_t uniform = 0;
     const uint8_t* bytes = pattern.bytes ? pattern.bytes + i : nullptr;
     if (pattern.codes) {
@@ -121,7 +75,7 @@ struct Labels {
     } else if (bytes) {
       mixed = true;
       if (kLanes == 1) packed = *bytes;
-      else packed = *reinterpret_cast<const typename Bytes<kLanes>::type*>(bytes);
+      else load_labels(lanes, bytes, packed);
     } else {
       packed = uniform >= 0 && uniform <= blocks ? uniform : 0;
     }
@@ -158,22 +112,23 @@ HTA_DEVICE bool skipped(const StepArgs<T, G>& args) {
 }
 
 // What is read of some copies at once.
-template <class T, class G, class P, int kCount, int kLanes>
+template <class T, class G, class P, int kCount, class Group>
 struct Batch {
-  Pack<T, kLanes> x[kCount], state[kCount][P::kStates];
-  Pack<G, kLanes> g[kCount];
+  Loaded<T, Group> x[kCount], state[kCount][P::kStates];
+  Loaded<G, Group> g[kCount];
 
-  HTA_DEVICE void read(const StepArgs<T, G>& args, bool proposes, int32_t base, int64_t i) {
+  HTA_DEVICE void read(const StepArgs<T, G>& args, Group lanes, bool proposes, int32_t base, int64_t i) {
+    const Rows<T, G> rows{args};
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const int32_t j = base + k;
       if (j >= args.m) continue;
-      x[k] = load<kLanes>(args.copies[j] + i);
+      x[k] = load(lanes, rows.copy(j), i);
       if (!proposes) continue;
-      g[k] = load<kLanes>(args.grads[j] + i);
+      g[k] = load(lanes, rows.grad(j), i);
 #pragma unroll
       for (int buffer = 0; buffer < P::kStates; ++buffer)
-        state[k][buffer] = args.states[0] ? load<kLanes>(args.states[buffer * args.m + j] + i) : Pack<T, kLanes>{};
+        state[k][buffer] = args.states[0] ? load(lanes, rows.state(buffer, j), i) : Loaded<T, Group>{};
     }
   }
 };
@@ -183,7 +138,7 @@ struct Batch {
 template <class T, class P, int kCopies>
 constexpr bool kSmall = sizeof(T) == 4 && kCopies == 2 && P::kStates == 1;
 template <class T, class G, class P, int kCopies>
-constexpr int kBlocks = kSmall<T, P, kCopies> ? (sizeof(G) == sizeof(T) ? 4 : 3) : 2;
+constexpr int kBlocks = kSmall<T, P, kCopies> ? (kInFormats<T> ? 2 : sizeof(G) == sizeof(T) ? 4 : 3) : 2;
 template <class T, class P, int kCopies>
 constexpr int kTogether = kCopies == 0 || kSmall<T, P, kCopies> ? 1 : kCopies == 2 ? 2 : (kCopies == 4 ? 4 : 2) / P::kStates;
 
@@ -196,35 +151,43 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies>) step_kern
   const int32_t m = args.m, blocks = kCopies ? m : args.blocks, end = kCopies ? kCopies : m;
   const bool skip = skipped(args), proposes = kCopies || args.phase & kPropose, shares = kCopies || args.phase & kShare;
   const A inverse_scale = A(1.0 / args.grad_scale.get(1)), part = A(1) / A(m);
-  const bool wide = aligned(args.copies, m) && aligned(args.grads, proposes ? m : 0) && aligned(args.low, m) &&
-                    aligned(args.states, proposes ? P::kStates * m : 0) && aligned(args.anchor) &&
-                    aligned(args.centre) && aligned(args.sums) && aligned(args.pattern.bytes);
+  const Rows<T, G> rows{args};
+  const bool wide = aligned(m, [&](int j) { return rows.copy(j); }) && aligned(proposes ? m : 0, [&](int j) { return rows.grad(j); }) &&
+                    aligned(m, [&](int j) { return rows.low(j); }) &&
+                    aligned(proposes ? P::kStates * m : 0, [&](int row) { return rows.state(0, row); }) &&
+                    aligned(rows.anchor()) && aligned(rows.centre()) && aligned(rows.sums()) && aligned(args.pattern.bytes);
+  const Noise<T> noise(args);
   A anchored = 0, pairs = 0, poison = 0;
   // Eight lanes of AdamW would not fit the registers.
   constexpr int kMost = sizeof(T) == 2 && (P::kStates > 1 || kExplicit) ? 4 : kLanesOf<T>;
-  each_group<kMost>(args.n, wide, [&](auto lanes, int64_t i) {
-    constexpr int kLanes = decltype(lanes)::count;
-    Batch<T, G, P, kAtOnce, kLanes> batch;
-    Pack<T, kLanes> anchor{}, sum{};
-    batch.read(args, proposes, 0, i);
-    if (args.anchor) anchor = load<kLanes>(args.anchor + i);
-    if (!proposes) sum = load<kLanes>(args.sums + i);
+  each_group_of<T, kMost>(args.n, wide, [&](auto lanes, int64_t i) {
+    using Group = decltype(lanes);
+    constexpr int kLanes = Group::count;
+    Batch<T, G, P, kAtOnce, Group> batch;
+    Loaded<T, Group> loaded_anchor{}, loaded_sum{};
+    batch.read(args, lanes, proposes, 0, i);
+    if (args.anchor) loaded_anchor = load(lanes, rows.anchor(), i);
+    if (!proposes) loaded_sum = load(lanes, rows.sums(), i);
     if (skip) return;
-    const Labels<kLanes> labels(args.pattern, args.groups, blocks, i);
+    const Labels<kLanes> labels(lanes, args.pattern, args.groups, blocks, i);
     const A* const group = args.rules + labels.group * rules_width(m, blocks);
     const auto& number = *reinterpret_cast<const typename P::template Numbers<A>*>(group);
+
+    const auto anchor = opened(rows.anchor(), loaded_anchor), zeroth_copy = opened(rows.copy(0), batch.x[0]);
+    auto sum = opened(rows.sums(), loaded_sum);
+    const auto random = noise.of(i);
 
     A a[kHeld][kLanes], z[kLanes], s[kLanes], first[kLanes], gaps[kLanes], reads[kLanes], squares[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       z[lane] = widen(anchor.lane[lane]);
       s[lane] = widen(sum.lane[lane]);
-      first[lane] = widen(batch.x[0].lane[lane]);
+      first[lane] = widen(zeroth_copy.lane[lane]);
       gaps[lane] = reads[lane] = squares[lane] = 0;
     }
     if (kExplicit) {
 #pragma unroll 1
       for (int32_t j = 0; j < m; ++j) {
-        const auto copy = load<kLanes>(args.copies[j] + i);
+        const auto copy = opened(rows.copy(j), load(lanes, rows.copy(j), i));
         each_lane(labels, group, m, blocks, j, [&](int lane, const Rule<A>& rule) {
           const A value = widen(copy.lane[lane]);
           s[lane] += rule.read * value;
@@ -236,35 +199,39 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies>) step_kern
     // The proposal of copy base + k, from the batch; its state, where it is for good.
     const auto propose = [&](int32_t base, int k, A* mine, bool for_good) {
       const int32_t j = base + k;
+      const auto copy = opened(rows.copy(j), batch.x[k]);
       if (!proposes) {
-        for (int lane = 0; lane < kLanes; ++lane) mine[lane] = widen(batch.x[k].lane[lane]);
+        for (int lane = 0; lane < kLanes; ++lane) mine[lane] = widen(copy.lane[lane]);
         return;
       }
+      const auto grad = opened(rows.grad(j), batch.g[k]);
+      Pack<T, kLanes> held[P::kStates];
+      for (int buffer = 0; buffer < P::kStates; ++buffer) held[buffer] = opened(rows.state(buffer, j), batch.state[k][buffer]);
       const A scale = inverse_scale * number.sign;
       each_lane(labels, group, m, blocks, j, [&](int lane, const Rule<A>& rule) {
-        const A x = widen(batch.x[k].lane[lane]);
-        A g = A(widen(batch.g[k].lane[lane])) * scale;
+        const A x = widen(copy.lane[lane]);
+        A g = A(widen(grad.lane[lane])) * scale;
         poison += g - g;
         if (kExplicit) g += quadratic_gradient(x, x - first[lane], gaps[lane], reads[lane], z[lane], rule);
         A state[P::kStates];
-        for (int buffer = 0; buffer < P::kStates; ++buffer) state[buffer] = widen(batch.state[k][buffer].lane[lane]);
+        for (int buffer = 0; buffer < P::kStates; ++buffer) state[buffer] = widen(held[buffer].lane[lane]);
         mine[lane] = P::propose(x, g, state, number);
-        for (int buffer = 0; buffer < P::kStates; ++buffer) batch.state[k][buffer].lane[lane] = narrow<T>(state[buffer]);
+        for (int buffer = 0; buffer < P::kStates; ++buffer) held[buffer].lane[lane] = narrow<T>(state[buffer]);
         if (!kExplicit && (kCopies || !for_good)) s[lane] += rule.read * mine[lane];
       });
       for (int buffer = 0; for_good && args.states[0] && buffer < P::kStates; ++buffer)
-        store(args.states[buffer * m + j] + i, batch.state[k][buffer]);
+        store(lanes, rows.state(buffer, j), i, held[buffer], random.of((1 + buffer) * m + j));
     };
 #pragma unroll
     for (int32_t base = 0; base < end; base += kAtOnce) {
-      if (base) batch.read(args, proposes, base, i);
+      if (base) batch.read(args, lanes, proposes, base, i);
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k)
         if (base + k < m) propose(base, k, a[kCopies ? base + k : 0], kCopies);
     }
     if (!kCopies && args.sums && proposes) {
       for (int lane = 0; lane < kLanes; ++lane) sum.lane[lane] = narrow<T>(s[lane]);
-      store(args.sums + i, sum);
+      store(lanes, rows.sums(), i, sum);
     }
 
     A zeroth[kLanes], apart[kLanes];  // where the copies do not stay in registers
@@ -274,14 +241,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies>) step_kern
       if (j >= m) continue;
       A* const mine = a[kCopies ? j : 0];
       if (!kCopies) {
-        batch.read(args, proposes, j, i);
+        batch.read(args, lanes, proposes, j, i);
         propose(j, 0, mine, true);
       }
       Pack<T, kLanes> x;
       Pack<G, kLanes> low;  // of another type than the copies, or not wanted
       each_lane(labels, group, m, blocks, j, [&](int lane, const Rule<A>& rule) {
         if (shares && !kExplicit) mine[lane] = shared(mine[lane], s[lane], z[lane], rule);
-        anchored += rule.anchored * ((mine[lane] - z[lane]) * (mine[lane] - z[lane]));
+        if (lanes.has(lane)) anchored += rule.anchored * ((mine[lane] - z[lane]) * (mine[lane] - z[lane]));
         if (!kCopies) {
           if (j == 0) zeroth[lane] = mine[lane];
           const A gap = mine[lane] - zeroth[lane];
@@ -291,11 +258,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies>) step_kern
         x.lane[lane] = narrow<T>(mine[lane]);
         low.lane[lane] = narrow<G>(mine[lane]);
       });
-      store(args.copies[j] + i, x);
-      if (sizeof(G) != sizeof(T) && args.low[0]) store(args.low[j] + i, low);
+      store(lanes, rows.copy(j), i, x, random.of(j));
+      if ((sizeof(G) != sizeof(T) || kInFormats<T>) && args.low[0]) store(lanes, rows.low(j), i, low);
     }
     // sum_{i<j} (x_i - x_j)^2 = m sum_j (x_j - mean)^2 = m sum_j (x_j - x_0)^2 - (sum_j (x_j - x_0))^2
     for (int lane = 0; lane < kLanes; ++lane) {
+      if (!lanes.has(lane)) continue;
       if (!kCopies) pairs += A(m) * squares[lane] - apart[lane] * apart[lane];
       A gaps_sum = 0;
 #pragma unroll
@@ -309,11 +277,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies>) step_kern
       }
     }
     if (args.centre && shares) {
-      auto centre = load<kLanes>(args.centre + i);
+      auto centre = opened(rows.centre(), load(lanes, rows.centre(), i));
       each_lane(labels, group, m, blocks, m, [&](int lane, const Rule<A>& rule) {
         centre.lane[lane] = narrow<T>(shared(A(widen(centre.lane[lane])), s[lane], z[lane], rule));
       });
-      store(args.centre + i, centre);
+      store(lanes, rows.centre(), i, centre, random.of(3 * m));
     }
   });
   if (skip) return;
@@ -325,12 +293,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies>) step_kern
 template <class T, class G>
 __global__ void __launch_bounds__(kThreads, 2) guard_kernel(const StepArgs<T, G> args) {
   arithmetic_t<G> poison = 0;
-  each_group<kLanesOf<G>>(args.n, aligned(args.grads, args.m), [&](auto lanes, int64_t i) {
-    constexpr int kLanes = decltype(lanes)::count;
+  const Rows<T, G> rows{args};
+  const bool wide = aligned(args.m, [&](int j) { return rows.grad(j); });
+  each_group_of<G, kLanesOf<G>>(args.n, wide, [&](auto lanes, int64_t i) {
 #pragma unroll 4
     for (int32_t j = 0; j < args.m; ++j) {
-      const auto g = load<kLanes>(args.grads[j] + i);
-      for (int lane = 0; lane < kLanes; ++lane) {
+      const auto g = opened(rows.grad(j), load(lanes, rows.grad(j), i));
+      for (int lane = 0; lane < lanes.count; ++lane) {
         const auto value = widen(g.lane[lane]);
         poison += value - value;
       }
@@ -370,13 +339,14 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 2) penalty_kernel(const PenaltyArgs<T> args) {
   using A = arithmetic_t<T>;
   const int32_t m = args.m;
-  const bool wide = aligned(args.copies, m) && aligned(args.grads, m) && aligned(args.anchor) && aligned(args.pattern.bytes);
+  const bool wide = aligned(m, [&](int j) { return args.copies[j]; }) && aligned(m, [&](int j) { return args.grads[j]; }) &&
+                    aligned(args.anchor) && aligned(args.pattern.bytes);
   A energy = 0;
   each_group<kLanesOf<T>>(args.n, wide, [&](auto lanes, int64_t i) {
     constexpr int kLanes = decltype(lanes)::count;
     Pack<T, kLanes> anchor{}, zero = load<kLanes>(args.copies[0] + i);
     if (args.anchor) anchor = load<kLanes>(args.anchor + i);
-    const Labels<kLanes> labels(args.pattern, 1, m, i);
+    const Labels<kLanes> labels(lanes, args.pattern, 1, m, i);
     A gaps[kLanes], reads[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) gaps[lane] = reads[lane] = 0;
 #pragma unroll 2
@@ -441,11 +411,12 @@ __global__ void __launch_bounds__(kThreads, 2) batch_kernel(const BatchArgs<T> a
   X((step_kernel<T, G, P, 2, false>)) X((step_kernel<T, G, P, 0, false>)) X((step_kernel<T, G, P, 0, true>))
 #define HTA_STEP_KERNELS(X, T, G) \
   HTA_PROPOSAL_KERNELS(X, T, G, Sgd) HTA_PROPOSAL_KERNELS(X, T, G, AdamW) X((guard_kernel<T, G>)) X((step_end_kernel<T, G>))
-#define HTA_FLOAT_KERNELS(X, G)                                                                              \
-  HTA_STEP_KERNELS(X, float, G) X((step_kernel<float, G, Sgd, 4, false>)) X((step_kernel<float, G, Sgd, 8, false>)) \
-  X((step_kernel<float, G, AdamW, 4, false>)) X((step_kernel<float, G, AdamW, 8, false>))
+#define HTA_FLOAT_KERNELS(X, T, G)                                                                     \
+  HTA_STEP_KERNELS(X, T, G) X((step_kernel<T, G, Sgd, 4, false>)) X((step_kernel<T, G, Sgd, 8, false>)) \
+  X((step_kernel<T, G, AdamW, 4, false>)) X((step_kernel<T, G, AdamW, 8, false>))
 #define HTA_OTHER_KERNELS(X, T) X((penalty_kernel<T>)) X((penalty_end_kernel<T>)) X((batch_kernel<T>))
 #define HTA_KERNELS(X)                                                                                       \
-  HTA_FLOAT_KERNELS(X, float) HTA_FLOAT_KERNELS(X, Half) HTA_FLOAT_KERNELS(X, BFloat16)                      \
+  HTA_FLOAT_KERNELS(X, float, float) HTA_FLOAT_KERNELS(X, float, Half) HTA_FLOAT_KERNELS(X, float, BFloat16)  \
+  HTA_FLOAT_KERNELS(X, Packed, Packed)                                                                       \
   HTA_STEP_KERNELS(X, double, double) HTA_STEP_KERNELS(X, Half, Half) HTA_STEP_KERNELS(X, BFloat16, BFloat16) \
   HTA_OTHER_KERNELS(X, float) HTA_OTHER_KERNELS(X, double) HTA_OTHER_KERNELS(X, Half) HTA_OTHER_KERNELS(X, BFloat16)

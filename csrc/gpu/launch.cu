@@ -70,5 +70,6 @@ HTA_INSTANTIATE(Half)
 HTA_INSTANTIATE(BFloat16)
 HTA_INSTANTIATE_STEP(float, Half)
 HTA_INSTANTIATE_STEP(float, BFloat16)
+HTA_INSTANTIATE_STEP(Packed, Packed)
 
 }  // namespace hta::gpu

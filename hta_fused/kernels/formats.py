@@ -14,7 +14,7 @@ from torch import Tensor
 SCALED = 128  # elements that share a scale, as csrc/formats.h's kScaled
 TILE = 1024  # elements that share two keys, as csrc/arithmetic.h's kTile
 _MASK = 0xFFFFFFFF
-_TOP, _LEAST = 0.96875, (2.0**-8, 2.0**-16)  # csrc/formats.h's kTop and kLeast, of numbers and of squares
+TOP, LEAST = 0.96875, (2.0**-8, 2.0**-16)  # csrc/formats.h's kTop and kLeast, of numbers and of squares
 
 
 def _bits(x: float) -> int:
@@ -81,10 +81,10 @@ def unpack(row: Tensor, more: Tensor | None = None, square: bool = False) -> Ten
         return ((row.view(torch.int16).int() << 16) + (more.int() << 8)).view(torch.float32)
     if row.dtype == torch.float16:
         return _join_half(row, more)
-    least = _LEAST[square]
+    least = LEAST[square]
     code = row.int() if square else row.view(torch.int8).int()
     sizes = ((code.abs() << 19) + _bits(least)).view(torch.float32) - least
-    whole = float(torch.tensor(1, dtype=torch.float32, device="cpu") / (_TOP - least))
+    whole = float(torch.tensor(1, dtype=torch.float32, device="cpu") / (TOP - least))
     x = sizes * whole * _spread(more, len(row))
     return x if square else torch.where(code < 0, -x, x)
 
@@ -152,9 +152,9 @@ def _largest(values: Tensor) -> Tensor:
 
 
 def _encoded(x: Tensor, noise: Tensor, scale: Tensor, square: bool) -> Tensor:
-    least = _LEAST[square]
-    whole = torch.full_like(scale, _TOP - least)  # a number divided by a tensor would be multiplied by its reciprocal
+    least = LEAST[square]
+    whole = torch.full_like(scale, TOP - least)  # a number divided by a tensor would be multiplied by its reciprocal
     factor = torch.where(scale >= 2.0**-126, whole / scale, torch.zeros_like(scale))
-    y = (x.abs() * _spread(factor, len(x)) + least).clamp(max=_TOP)
+    y = (x.abs() * _spread(factor, len(x)) + least).clamp(max=TOP)
     code = (y.view(torch.int32).long() + (noise & (1 << 19) - 1) - _bits(least)) >> 19
     return torch.where((x > 0) & (code == 0), 1, code) if square else torch.where(x < 0, -code, code) & 0xFF

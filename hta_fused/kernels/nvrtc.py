@@ -27,7 +27,7 @@ _PACKAGE = Path(__file__).parent.parent
 SOURCE = next(
     path for path in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc") if path.exists()
 )  # installed, or a checkout
-_HEADERS = ("arithmetic.h", "formats.h", "args.h")
+_HEADERS = ("arithmetic.h", "formats.h", "args.h", "gpu/rows.cuh")
 _KERNELS = "gpu/kernels.cuh"
 MINIMUM = (12, 0)  # of NVRTC: older ones do not know __builtin_bit_cast
 
@@ -78,6 +78,20 @@ def structs() -> dict[str, type[ctypes.Structure]]:
             fields.append((match[3], kind))
         found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
     return found
+
+
+@cache
+def _formats() -> dict[tuple[torch.dtype, bool], int]:
+    """csrc/formats.h's formats by a tensor's dtype and whether it has corrections."""
+    names = re.findall(r"^  (k\w+),", (SOURCE / "formats.h").read_text().partition("enum Format")[2], re.MULTILINE)
+    return {
+        (torch.float32, False): names.index("kFloat32"),
+        (torch.bfloat16, False): names.index("kBFloat16"),
+        (torch.float16, False): names.index("kHalf"),
+        (torch.bfloat16, True): names.index("kSplitBFloat16"),
+        (torch.float16, True): names.index("kSplitHalf"),
+        (torch.uint8, False): names.index("kSigned8"),
+    }
 
 
 def _filled(name: str, **values: object) -> ctypes.Structure:
@@ -176,7 +190,7 @@ def compile_program(expressions: list[str], arch: str, ptx: bool = False) -> tup
     sources, options = _program(arch)
     program = ctypes.c_void_p()
     headers = (ctypes.c_char_p * len(_HEADERS))(*(sources[name] for name in _HEADERS))
-    names = (ctypes.c_char_p * len(_HEADERS))(*(name.encode() for name in _HEADERS))
+    names = (ctypes.c_char_p * len(_HEADERS))(*(Path(name).name.encode() for name in _HEADERS))
     _nvrtc("CreateProgram", ctypes.byref(program), sources[_KERNELS], b"kernels.cuh", len(_HEADERS), headers, names)
     try:
         for expression in expressions:
@@ -286,7 +300,7 @@ def _shape(copies: list[Tensor]) -> tuple[int, int, int]:
 
 
 def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed, rules, grad_scale, found_inf, stats,
-          proposal, explicit_mode, skip_nonfinite, phase) -> None:  # fmt: skip
+          proposal, explicit_mode, skip_nonfinite, phase, corrections, scales, noise) -> None:  # fmt: skip
     """See reference.step_; launch.cu is this in C++."""
     m, n, blocks = _shape(copies)
     scratch = torch.zeros(1 + 2 * blocks, dtype=torch.float64, device=stats.device)  # the flag, then the blocks' sums
@@ -295,11 +309,23 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
         "StepArgs", copies=copies, grads=grads, states=states, low=low, anchor=anchor, centre=centre, sums=sums,
         pattern=_pattern(codes, labels, seed), rules=rules, groups=len(rules), n=n, grad_scale=_scalar(grad_scale),
         found_inf=_scalar(found_inf), stats=stats, partial=scratch[1:], nonfinite=scratch, m=m, blocks=blocks_of(rules, m), proposal=proposal,
-        phase=phase, explicit_mode=explicit_mode, guard=guard,
+        phase=phase, explicit_mode=explicit_mode, guard=guard, corrections=corrections, scales=scales, noise=noise,
     )  # fmt: skip
-    dtype, grad_dtype = copies[0].dtype, (low or grads or copies)[0].dtype
-    types = f"{TYPES[dtype]}, {TYPES[grad_dtype]}"
-    instances = (2, 4, 8) if dtype == torch.float32 else (2,)
+    dtype, grad_dtype, of_anchor = (
+        copies[0].dtype,
+        (low or grads or copies)[0].dtype,
+        centre if anchor is None else anchor,
+    )
+    in_formats = bool(corrections) or any(
+        t.dtype != dtype for t in (*states[:1], *([] if of_anchor is None else [of_anchor]))
+    )
+    types = "hta::Packed, hta::Packed" if in_formats else f"{TYPES[dtype]}, {TYPES[grad_dtype]}"
+    if in_formats:
+        args.copies_format = _formats()[dtype, bool(corrections)]
+        args.grads_format = _formats()[grad_dtype, False]
+        args.states_format = _formats()[states[0].dtype, False] if states else 0
+        args.anchor_format = 0 if of_anchor is None else _formats()[of_anchor.dtype, False]
+    instances = (2, 4, 8) if in_formats or dtype == torch.float32 else (2,)
     held = (
         0
         if explicit_mode or phase != PROPOSE | SHARE or blocks_of(rules, m) != m

@@ -1,6 +1,6 @@
 """The GPU ops in Triton, for compute capability 8.0 and up, where the extension was built without CUDA.
 
-The arithmetic is csrc/arithmetic.h's, line by line; the arguments are the ops'. Imports reference.py only for the sizes.
+The arithmetic is csrc/arithmetic.h's, line by line; the arguments are the ops'. Imports triton_rows.py, and reference.py for the sizes.
 With TRITON_INTERPRET=1 set beforehand, Triton's interpreter runs these on CPU tensors, slowly.
 """
 
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import HASHED, NUMBERS, PROPOSE, RULE, SHARE, TILE, arithmetic, blocks_of, rows_of
+from .triton_rows import bits_of_row, random_bits, read, read_copy, read_state, write, write_copy, write_state
 
 TILES = tl.constexpr(4)  # that a program walks: the same sums for the same input whatever the card
 _ELEMENTS = tl.constexpr(TILE)
@@ -82,23 +83,8 @@ def quadratic_gradient(x, gap, gaps, reads, anchor, rule):
 
 
 @triton.jit
-def mix64(x):
-    x = x + 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
-
-
-@triton.jit
 def hashed_label(seed, tile, at, BLOCKS: tl.constexpr):
-    key = mix64(mix64(tl.load(seed).to(tl.uint64)) ^ tile.to(tl.uint64))
-    x = at.to(tl.uint32) ^ key.to(tl.uint32)
-    x ^= x >> 16
-    x *= 0x85EBCA6B
-    x ^= (x >> 13) ^ (key >> 32).to(tl.uint32)
-    x *= 0xC2B2AE35
-    x ^= x >> 16
-    return (((x >> 16) * BLOCKS) >> 16).to(tl.int32) + 1
+    return (((random_bits(seed, tile, at) >> 16) * BLOCKS) >> 16).to(tl.int32) + 1
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -144,11 +130,11 @@ def skips(found_inf, nonfinite, FOUND: tl.constexpr, GUARD: tl.constexpr):
 @triton.jit
 def step_kernel(
     copies, grads, states, low, anchor, centre, sums, codes, labels, seed, rules, grad_scale, found_inf, nonfinite, partial,
-    n, groups, rows,
+    corrections, scales, noise, n, groups, rows,
     WORK: tl.constexpr, M: tl.constexpr, BLOCKS: tl.constexpr, ADAMW: tl.constexpr, EXPLICIT: tl.constexpr, PROPOSES: tl.constexpr, SHARES: tl.constexpr,
     STATES: tl.constexpr, LOW: tl.constexpr, ANCHOR: tl.constexpr, CENTRE: tl.constexpr, SUMS: tl.constexpr,
     CODES: tl.constexpr, LABELS: tl.constexpr, SEED: tl.constexpr, SCALE: tl.constexpr, FOUND: tl.constexpr,
-    GUARD: tl.constexpr,
+    GUARD: tl.constexpr, SPLIT: tl.constexpr, RANDOM: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     live = ~skips(found_inf, nonfinite, FOUND, GUARD)
@@ -177,25 +163,26 @@ def step_kernel(
             LABELS,
             SEED,
         )
-        x = tl.load(copies[0] + i, mask=mask, other=0).to(WORK)
-        z = tl.load(anchor + i, mask=mask, other=0).to(WORK) if ANCHOR else tl.zeros_like(x)
+        x = read_copy(copies, corrections, 0, i, mask, SPLIT, WORK)
+        z = read(anchor, i, mask, WORK) if ANCHOR else tl.zeros_like(x)
         s = tl.zeros_like(x)
+        bits = random_bits(noise, tile, at) if RANDOM else at.to(tl.uint32)
         if EXPLICIT:
             first = x
             gaps = tl.zeros_like(x)
             reads = tl.zeros_like(x)
             for j in tl.static_range(M):
-                value = tl.load(copies[j] + i, mask=mask, other=0).to(WORK)
-                read = tl.load(rule + j * _RULE)
-                s += read * value
-                gaps += read * (value - first)
-                reads += read
+                value = read_copy(copies, corrections, j, i, mask, SPLIT, WORK)
+                weight = tl.load(rule + j * _RULE)
+                s += weight * value
+                gaps += weight * (value - first)
+                reads += weight
         values = ()
         for j in tl.static_range(M):
-            x = tl.load(copies[j] + i, mask=mask, other=0).to(WORK)
+            x = read_copy(copies, corrections, j, i, mask, SPLIT, WORK)
             if PROPOSES:
-                g = tl.load(grads[j] + i, mask=mask, other=0).to(WORK)
-                v = tl.load(states[j] + i, mask=mask, other=0).to(WORK) if STATES else tl.zeros_like(x)
+                g = read(grads[j], i, mask, WORK)
+                v = read_state(states, scales, j, tile, i, mask, n, live, False, WORK) if STATES else tl.zeros_like(x)
                 scale = tl.load(number).to(WORK)
                 if SCALE:
                     scale *= (1.0 / tl.load(grad_scale).to(tl.float64)).to(WORK)
@@ -204,13 +191,15 @@ def step_kernel(
                 if EXPLICIT:
                     g += quadratic_gradient(x, x - first, gaps, reads, z, rule + j * _RULE)
                 if ADAMW:
-                    w = tl.load(states[M + j] + i, mask=mask, other=0).to(WORK)
+                    w = read_state(states, scales, M + j, tile, i, mask, n, live, True, WORK)
                     x, v, w = adamw(x, g, v, w, number, WORK)
-                    tl.store(states[M + j] + i, w, mask=mask)
+                    of_row = bits_of_row(bits, noise, tile, 2 * M + j, RANDOM)
+                    write_state(states, scales, M + j, tile, i, mask, n, live, w, of_row, True, RANDOM)
                 else:
                     x, v, _ = sgd(x, g, v, v, number, WORK)
                 if STATES:
-                    tl.store(states[j] + i, v, mask=mask)
+                    of_row = bits_of_row(bits, noise, tile, M + j, RANDOM)
+                    write_state(states, scales, j, tile, i, mask, n, live, v, of_row, False, RANDOM)
                 if not EXPLICIT:
                     s += tl.load(rule + j * _RULE) * x
             values = values + (x,)  # type: ignore[assignment]
@@ -232,16 +221,16 @@ def step_kernel(
                 first = x
             apart += x - first
             results = results + (x,)  # type: ignore[assignment]
-            tl.store(copies[j] + i, x, mask=mask)
+            write_copy(copies, corrections, j, i, mask, x, bits_of_row(bits, noise, tile, j, RANDOM), SPLIT, RANDOM)
             if LOW:
-                tl.store(low[j] + i, x.to(low[j].dtype.element_ty), mask=mask)
+                write(low[j], i, mask, x, bits, False)
         for j in tl.static_range(M):
             gap = (results[j] - first) - apart / M
             sum_pairs += tl.sum(M * (gap * gap)).to(tl.float64)
         if CENTRE:
             if SHARES:
-                c = tl.load(centre + i, mask=mask, other=0).to(WORK)
-                tl.store(centre + i, shared(c, s, z, rule + M * _RULE), mask=mask)
+                c = shared(read(centre, i, mask, WORK), s, z, rule + M * _RULE)
+                write(centre, i, mask, c, bits_of_row(bits, noise, tile, 3 * M, RANDOM), RANDOM)
     tl.store(partial + 2 * program, sum_anchor)
     tl.store(partial + 2 * program + 1, sum_pairs)
     tl.store(nonfinite, 1, mask=live & (poison != poison))  # every program that finds one writes the same
@@ -357,10 +346,10 @@ def _shape(copies: list[Tensor]) -> tuple[tuple[Tensor, ...], int, int]:
 
 
 def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed, rules, grad_scale, found_inf, stats,
-          proposal, explicit_mode, skip_nonfinite, phase) -> None:  # fmt: skip
+          proposal, explicit_mode, skip_nonfinite, phase, corrections, scales, noise) -> None:  # fmt: skip
     """See reference.step_."""
     x, n, programs = _shape(copies)
-    g, state, lows = (tuple(rows_of(tensors)) for tensors in (grads, states, low))
+    g, state, lows, more, scale_rows = (tuple(rows_of(list_)) for list_ in (grads, states, low, corrections, scales))
     partial = torch.empty(max(1, 2 * programs), dtype=torch.float64, device=stats.device)
     nonfinite = torch.zeros(1, dtype=torch.int32, device=stats.device)
     found, guard = found_inf is not None, bool(skip_nonfinite and phase & PROPOSE)
@@ -370,12 +359,12 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
         if programs:
             step_kernel[(programs,)](
                 x, g, state, lows, anchor, centre, sums, codes, labels, seed, rules, grad_scale, found_inf, nonfinite,
-                partial, n, len(rules), _byte_rows(codes, labels), WORK=_TYPES[arithmetic(x[0].dtype)], M=len(x),
+                partial, more, scale_rows, noise, n, len(rules), _byte_rows(codes, labels), WORK=_TYPES[arithmetic(x[0].dtype)], M=len(x),
                 BLOCKS=blocks_of(rules, len(x)), ADAMW=proposal == 1, EXPLICIT=explicit_mode, PROPOSES=bool(phase & PROPOSE),
                 SHARES=bool(phase & SHARE), STATES=bool(state), LOW=bool(lows),
                 ANCHOR=anchor is not None, CENTRE=centre is not None, SUMS=sums is not None, CODES=codes is not None,
                 LABELS=labels is not None, SEED=seed is not None, SCALE=grad_scale is not None, FOUND=found, GUARD=guard,
-                **OPTIONS,
+                SPLIT=bool(more), RANDOM=noise is not None, **OPTIONS,
             )  # fmt: skip
         step_end_kernel[(1,)](
             partial, stats, found_inf, nonfinite, programs, FOUND=found, GUARD=guard, FINISH=_FINISH, **OPTIONS

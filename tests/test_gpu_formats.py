@@ -1,0 +1,222 @@
+"""The GPU kernels over buffers in formats of their own: the reference's bits for every format, proposal, coupling and size.
+
+Without a GPU they run here in Triton's interpreter and in the emulator (conftest.py).
+"""
+
+import itertools
+
+import pytest
+import torch
+from conftest import GPU, GPU_BACKENDS, needs_emulator, pattern
+
+import hta_fused as hta
+from hta_fused import kernels, ops
+from hta_fused.kernels import reference
+from hta_fused.kernels.formats import SCALED, packed
+
+F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
+SPLIT = {"split bf16": BF16, "split fp16": F16}
+COPIES = {"fp32": F32, "bf16": BF16, "fp16": F16, **SPLIT}
+STATES = {"fp32": F32, "bf16": BF16, "fp16": F16, "8 bits": U8}
+PROPOSALS = {"momentum": hta.SGD(0.1, 0.9, 1e-3), "adamw": hta.AdamW(0.01, weight_decay=0.1)}
+COUPLINGS = {
+    "homotopy": hta.Homotopy(0.05),
+    "explicit": hta.Explicit(0.5),
+    "elastic": hta.Elastic(0.05),
+    "elastic, explicit": hta.Elastic(0.05, mode="explicit"),
+}
+each_backend = pytest.mark.parametrize("backend", GPU_BACKENDS, indirect=True)
+
+
+def stored(values, dtype, split=False, square=False):
+    """Rows [m, n] of float32 in a format: what holds them, and their corrections or scales, or None."""
+    m, n = values.shape
+    rows = torch.zeros(m, n, dtype=dtype)
+    more = torch.zeros(m, n, dtype=torch.int8) if split else torch.zeros(m, -(-n // SCALED)) if dtype == U8 else None
+    for j in range(m):
+        for at, wanted in zip((rows,) if more is None else (rows, more), packed(values[j], rows[j], None if more is None else more[j], square=square), strict=True):  # fmt: skip
+            at[j] = wanted
+    return rows, more
+
+
+def tensors_of(m, n, proposal, copies="fp32", states="fp32", anchor=F32, grads=BF16, low=False):
+    """Fresh buffers of a step."""
+    x, corrections = stored(torch.randn(m, n), COPIES[copies], copies in SPLIT)
+    buffers = [
+        stored(torch.rand(m, n) ** 4 if b else torch.randn(m, n), STATES[states], square=bool(b))
+        for b in range(len(proposal.buffers))
+    ]
+    return {
+        "copies": [x],
+        "grads": [torch.randn(m, n).to(grads)],
+        "states": [rows for rows, _ in buffers],
+        "low": [torch.zeros(m, n, dtype=grads)] if low else [],
+        "anchor": None if anchor is None else torch.randn(n).to(anchor),
+        "corrections": [] if corrections is None else [corrections],
+        "scales": [scales for _, scales in buffers if scales is not None],
+        "stats": torch.zeros(4, dtype=torch.float64),
+    }
+
+
+def clones(tensors):
+    return {
+        k: [t.clone() for t in v] if isinstance(v, list) else None if v is None else v.clone()
+        for k, v in tensors.items()
+    }
+
+
+def run(
+    backend,
+    used,
+    proposal,
+    coupling,
+    labels=None,
+    noise=77,
+    phase=3,
+    sums=None,
+    found_inf=None,
+    guard=True,
+    grad_scale=None,
+):
+    """One call of the op, over `used`; the coupling's own `moves_anchor` says whether the anchor moves."""
+    first = used["copies"][0]
+    m, n = used.get("shape", first.shape)
+    codes, bytes_, seed = ops._pattern(labels, torch.empty(n, device=first.device), m)
+    rules = ops.rules_of(proposal, coupling, m, 3)[None].to(first.device, F32)
+    moved = used["anchor"] if coupling.moves_anchor and phase & 2 else None
+    kernels.BACKENDS[backend].ops.step_(
+        used["copies"], used["grads"] if phase & 1 else [], used["states"] if phase & 1 else [], used["low"], used["anchor"], moved,
+        sums, codes, bytes_, seed, rules, grad_scale, found_inf, used["stats"], proposal.kernel, coupling.explicit,
+        guard, phase, used["corrections"], used["scales"] if phase & 1 else [],
+        None if noise is None else torch.tensor([noise], device=first.device),
+    )  # fmt: skip
+
+
+def assert_same(ours, theirs):
+    for name, wanted in theirs.items():
+        for a, b in zip(*((t if isinstance(t, list) else [t]) for t in (ours[name], wanted)), strict=True):
+            if name == "stats":
+                assert torch.allclose(a, b, rtol=1e-5, equal_nan=True), name
+            elif a is not None:
+                assert torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0)), name
+
+
+def check(backend, tensors, *arguments, **options):
+    ours, theirs = clones(tensors), clones(tensors)
+    run(backend, ours, *arguments, **options)
+    run("reference", theirs, *arguments, **options)
+    assert_same(ours, theirs)
+    return ours
+
+
+def few(backend):
+    """Whether a backend is so slow here that it is given a part of the product of all cases."""
+    return backend == "triton" and not GPU
+
+
+CASES = [
+    (copies, states, anchor, grads)
+    for copies, states, anchor, grads in itertools.product(COPIES, STATES, (F32, BF16, F16), (F32, BF16, F16))
+    if copies in SPLIT or states != copies or {F32: "fp32", BF16: "bf16", F16: "fp16"}[anchor] != copies
+]
+
+
+@each_backend
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("proposal", PROPOSALS)
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_every_format_leaves_the_references_bits(backend, coupling, proposal, m):
+    """Every case meets every number of copies, proposal and coupling on a card; here each of these a part of the cases."""
+    chosen = CASES if GPU else CASES[m % 3 :: 97 if few(backend) else 9]
+    for number, (copies, states, anchor, grads) in enumerate(chosen):
+        kind = ("none", "bytes", "mixed", "hashed")[number % 4]
+        tensors = tensors_of(m, 1500, PROPOSALS[proposal], copies, states, anchor, grads, low=number % 3 == 0)
+        noise = None if states != "8 bits" and number % 5 == 0 else -number * 2**40
+        check(backend, tensors, PROPOSALS[proposal], COUPLINGS[coupling], pattern(kind, 1500, m)[0], noise)
+
+
+@each_backend
+@pytest.mark.parametrize("n", [0, 1, 127, 128, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("m", [1, 2, 3, 5])
+def test_awkward_sizes(backend, m, n):
+    if few(backend) and (m != 2 or n > 1025):
+        pytest.skip("a case that Triton's interpreter is spared")
+    for proposal, coupling in itertools.product(PROPOSALS.values(), (COUPLINGS["homotopy"], COUPLINGS["elastic"])):
+        tensors = tensors_of(m, n, proposal, "split bf16", "8 bits", BF16)
+        check(backend, tensors, proposal, coupling, pattern("mixed", n, m)[0])
+
+
+@each_backend
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_a_phase_by_itself(backend, proposal):
+    """What one process does with its own copies: they are left proposed, with their part of the sum; then they take their share."""
+    proposal, m, n = PROPOSALS[proposal], 3, 1100
+    tensors = tensors_of(m, n, proposal, "split fp16", "8 bits", BF16)
+    results = []
+    for name in (backend, "reference"):
+        used, sums = clones(tensors), torch.zeros(n)
+        for phase in (reference.PROPOSE, reference.SHARE):
+            run(name, used, proposal, COUPLINGS["elastic"], pattern("mixed", n, m)[0], phase=phase, sums=sums)
+        used["sums"] = sums
+        results.append(used)
+    del results[0]["stats"], results[1]["stats"]  # the reference counts what is proposed too
+    assert_same(*results)
+
+
+@each_backend
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite(backend, bad):
+    """Skips the step where it is guarded, and leaves what the reference does, the tile's scale included, where it is not."""
+    for proposal, copies in (("momentum", "split bf16"), ("adamw", "split fp16")):
+        tensors = tensors_of(2, 1030, PROPOSALS[proposal], copies, "8 bits", BF16)
+        tensors["grads"][0][1, 1027] = bad
+        ours = check(backend, tensors, PROPOSALS[proposal], COUPLINGS["elastic"], guard=True)
+        assert ours["stats"].tolist()[2:] == [1, 1]
+        del ours["stats"], tensors["stats"]
+        assert_same(ours, tensors)
+        tensors["stats"] = torch.zeros(4, dtype=torch.float64)
+        ours = check(backend, tensors, PROPOSALS[proposal], COUPLINGS["elastic"], guard=False)
+        assert ours["scales"][0][1].isfinite().tolist() == [True] * 8 + [False]
+
+
+@each_backend
+def test_rows_may_start_anywhere_and_nothing_beyond_them_is_touched(backend):
+    proposal, n = PROPOSALS["momentum"], 700
+    tensors = tensors_of(2, n, proposal, "split bf16", "8 bits", BF16, low=True)
+    frames = []
+
+    def framed(tensor):
+        frame = torch.full((tensor.shape[-1] + 32,), 7, dtype=tensor.dtype)
+        frames.append((frame, tensor.shape[-1]))
+        return frame[9 : 9 + tensor.shape[-1]].copy_(tensor)
+
+    shifted = {
+        k: [framed(row) for t in v for row in t] if isinstance(v, list) else v if k == "stats" else framed(v)
+        for k, v in clones(tensors).items()
+    }
+    run(backend, {**shifted, "shape": (2, n)}, proposal, COUPLINGS["elastic"])
+    run("reference", tensors, proposal, COUPLINGS["elastic"])
+    flat = {k: [row for t in v for row in t] if isinstance(v, list) else v for k, v in tensors.items()}
+    assert_same(shifted, flat)
+    for frame, size in frames:
+        assert (frame[:9] == 7).all()
+        assert (frame[9 + size :] == 7).all()
+
+
+PLANTED = {
+    "half a warp's magnitudes": ("distance = 16; distance > 0; distance /= 2) larger", "distance = 8; distance > 0; distance /= 2) larger"),
+    "a scale nobody writes": ("if (threadIdx.x % 32 == 0) static_cast", "if (threadIdx.x > 255) static_cast"),
+    "another row's bits": ("keys[(row + 2) * kTiles]", "keys[2 * kTiles]"),
+    "another tile's keys": ("keys + i / kTile % kTiles", "keys"),
+    "a barrier before keys": ("    __syncthreads();\n    keys = shared_keys;", "    keys = shared_keys;"),
+    "lanes beyond the end": ("first < count; at +=", "at < count; at +="),
+}  # fmt: skip
+
+
+@needs_emulator
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_mistake_shows_in_the_emulator(emulated, planted):
+    emulated(*PLANTED[planted], few="Packed")
+    tensors = tensors_of(2, 2350, PROPOSALS["momentum"], "split bf16", "8 bits", BF16)
+    with pytest.raises(AssertionError):
+        check("nvrtc", tensors, PROPOSALS["momentum"], COUPLINGS["elastic"])
