@@ -15,6 +15,7 @@ from ..kernels import backends
 from ..terminal import called
 from . import data
 from .folder import Folder, Refused, load
+from .machine import check_alone
 from .report import curves, describe, in_words, processor, summarise, table
 from .run import Job, Run, batches_of
 from .settings import OF_THE_MACHINE, Settings
@@ -78,10 +79,8 @@ class Trainer:
                 f"copies is {settings.copies}, but there are {team.size} processes: start {settings.copies}, or one "
                 "without torchrun"
             )
-        if team.group is None and settings.method == "ddp":
-            raise ValueError(
-                "method must be sgd in one process, with a batch_size of all processes', got 'ddp', which torchrun starts"
-            )
+        if team.group is None:
+            check_alone(settings)
         self.team, self.settings, self.stop = team, settings, stop
         self.progress: Callable[..., None] = progress if team.leads else _nothing
         self.report: Callable[[str], None] = report if team.leads else _nothing

@@ -18,6 +18,8 @@ def check(settings: Settings, processes: int | None = None) -> None:
     Raises:
         ValueError: beginning with the setting's name.
     """
+    if processes is None:
+        check_alone(settings)
     cores = os.cpu_count() or 1
     if settings.threads > cores:
         raise ValueError(f"threads must be at most {cores}, this machine's cores, got {settings.threads}")
@@ -45,6 +47,14 @@ def check(settings: Settings, processes: int | None = None) -> None:
         raise ValueError(
             f"width must leave a network that fits in memory, got {settings.width:g}: {settings.model} has {count:.3g} "
             f"parameters and needs over {needed / 2**30:.3g} GiB, where {there / 2**30:.3g} GiB are"
+        )
+
+
+def check_alone(settings: Settings) -> None:
+    """Refuses what takes several processes."""
+    if settings.method == "ddp":
+        raise ValueError(
+            "method must be sgd in one process, with a batch_size of all processes' images, got 'ddp', which is for torchrun"
         )
 
 
