@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..ops import homotopy_penalty, homotopy_step_
 from ..optim import HomotopySGD
 from ..path import Objective
-from ..replicas import Replicas
 from ..pictures import OURS, RIVAL, name_ends
+from ..replicas import Replicas
 from .report import Row, markdown, progress, pyplot, save_csv, save_figure, say
 
 MODES = ("explicit", "implicit")
