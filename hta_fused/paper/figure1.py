@@ -48,7 +48,7 @@ def folds_of(start: tuple[float, ...], result: PathResult, Ls: list[float]) -> l
     """For each jump of a path the fold before it, by arclength continuation from L = ∞ and then from the jump before."""
     found: list[Fold | None] = []
     for since in [math.inf, *result.jumps[:-1]] if result.jumps else []:
-        later = [math.inf, *(L for L in Ls if L < since)]
+        later = [math.inf, *(L for L in Ls if since > L)]
         folds = track(problems.chow, np.array(start), later, 0.0, continuation="arclength").folds
         found.append(folds[0] if folds else None)
     return found
