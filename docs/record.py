@@ -27,8 +27,8 @@ PAGE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {heig
 
 def lines_of(folder: Path) -> list[tuple[float, str]]:
     """(seconds since the start, line) of all that the run printed."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [{k: report_number(v) for k, v in json.loads(line).items()} for line in lines]
+    metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [{k: report_number(v) for k, v in json.loads(line).items()} for line in metrics]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     ends = {run: summary["runs"][run]["epochs"] for run in summary["runs"]}
     time, found = 0.0, [(0.0, "$ make train"), (0.0, ".venv/bin/hta-train")]

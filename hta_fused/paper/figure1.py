@@ -12,7 +12,7 @@ from .. import problems
 from ..extras import needs
 from ..path import Fold, PathResult, track
 from ..pictures import ETA, THETA
-from .report import progress, pyplot, save_animation, save_csv, save_figure, say
+from .report import Row, progress, pyplot, save_animation, save_csv, save_figure, say
 
 SMOOTH, FOLDED = (0.0, 2.0), (5.0, 5.0)  # the starts that the still picture follows
 STARTS = (SMOOTH, (0.0, 5.0), (5.0, 0.0), FOLDED, (4.0, 3.0))
@@ -25,7 +25,8 @@ def run(out: Path, quick: bool) -> None:
     """Tracks and draws the paths."""
     Ls = [math.inf, *np.geomspace(1000, 0.05, 9 if quick else 61).tolist(), 0.0]
     paths: Paths = {}
-    rows, folds = [], []
+    folds: dict[tuple[float, ...], list[Fold | None]] = {}
+    rows: list[Row] = []
     for start in progress((SMOOTH, FOLDED) if quick else STARTS, "paths"):
         result = paths[start] = track(problems.chow, np.array(start), Ls, 0.0)
         for point in result.per_L:
@@ -36,24 +37,25 @@ def run(out: Path, quick: bool) -> None:
                 | {"H": point.value, "evaluations": point.evaluations, "jumped": point.jumped}
             )
         say(f"from {start}: {result.message}; f = {result.f:.3g}, {result.evaluations} evaluations")
-        for fold in folds_of(start, result, Ls):
+        folds[start] = folds_of(start, result, Ls)
+        for fold in filter(None, folds[start]):
             say(f"    a fold at L = {fold.L:.4f}")
-            folds += [fold] if start == FOLDED else []
     save_csv(out / "figure1.csv", rows)
     save_figure(out / "figure1.png", surface(paths, folds))
     save_animation(out / "figure1.gif", *falling(list(paths.values())))
 
 
-def folds_of(start: tuple[float, ...], result: PathResult, Ls: list[float]) -> list[Fold]:
-    """Where a path that jumped has its folds, by arclength continuation: from L = ∞, and from each jump on."""
-    found = []
+def folds_of(start: tuple[float, ...], result: PathResult, Ls: list[float]) -> list[Fold | None]:
+    """For each jump of a path the fold before it, by arclength continuation from L = ∞ and then from the jump before."""
+    found: list[Fold | None] = []
     for since in [math.inf, *result.jumps[:-1]] if result.jumps else []:
         later = [math.inf, *(L for L in Ls if since > L)]
-        found += track(problems.chow, np.array(start), later, 0.0, continuation="arclength").folds[:1]
+        folds = track(problems.chow, np.array(start), later, 0.0, continuation="arclength").folds
+        found.append(folds[0] if folds else None)
     return found
 
 
-def surface(paths: Paths, folds: list[Fold]) -> Any:
+def surface(paths: Paths, folds: dict[tuple[float, ...], list[Fold | None]]) -> Any:
     """f as a surface; on its contours a path that is one, and one that ends in folds and jumps."""
     axis, heights = _heights()
     figure = pyplot().figure(figsize=(15, 5.2), layout="constrained")
@@ -63,7 +65,7 @@ def surface(paths: Paths, folds: list[Fold]) -> Any:
     for number, start in enumerate((SMOOTH, FOLDED), 2):
         panel = figure.add_subplot(1, 3, number)
         panel.contour(axis, axis, heights, levels=18, colors="0.8", linewidths=0.6)
-        _path(panel, paths[start], folds if start == FOLDED else [])
+        _path(panel, paths[start], folds[start])
         panel.plot(*start, "k+", markersize=11)
         panel.annotate(f"start {start[0]:g}, {start[1]:g}", start, (0, 8), textcoords="offset points", ha="center")
         what = "two folds (crosses), and a jump at each" if start == FOLDED else "one path"
@@ -72,7 +74,7 @@ def surface(paths: Paths, folds: list[Fold]) -> Any:
     return figure
 
 
-def _path(panel: Any, result: PathResult, folds: list[Fold]) -> None:
+def _path(panel: Any, result: PathResult, folds: list[Fold | None]) -> None:
     """θ and η as L falls: a line while it is one path, a dotted arrow where it jumps from a fold."""
     points = result.per_L
     cuts = [i for i, point in enumerate(points) if point.jumped]
@@ -81,14 +83,17 @@ def _path(panel: Any, result: PathResult, folds: list[Fold]) -> None:
         for first, last in itertools.pairwise([0, *cuts, len(points)]):
             panel.plot(*x[first:last].T, "o-", color=color, markersize=2.5, linewidth=1.6)
         for cut, fold in zip(cuts, folds, strict=True):
-            if np.linalg.norm(x[cut] - x[cut - 1]) > 0.2:  # one copy may stay where it is
-                arrow = {"arrowstyle": "->", "linestyle": ":", "color": color, "linewidth": 1.4, "shrinkA": 0}
-                panel.annotate("", x[cut], fold.x[copy], arrowprops=arrow)
-                panel.plot(*fold.x[copy], "X", color=color, markersize=9, markeredgecolor="black", zorder=5)
-                if copy or np.linalg.norm(points[cut].x[1] - points[cut - 1].x[1]) <= 0.2:  # one label for both
-                    panel.annotate(
-                        f"fold, L = {fold.L:.3g}", fold.x[copy], (9, 6), textcoords="offset points", color=color
-                    )
+            if np.linalg.norm(x[cut] - x[cut - 1]) < 0.2:  # the other copy jumps
+                continue
+            end = x[cut - 1] if fold is None else fold.x[copy]
+            arrow = {"arrowstyle": "->", "linestyle": ":", "color": color, "linewidth": 1.4, "shrinkA": 0}
+            panel.annotate("", x[cut], end, arrowprops=arrow)
+            if fold is None:
+                continue
+            panel.plot(*end, "X", color=color, markersize=9, markeredgecolor="black", zorder=5)
+            if copy or np.linalg.norm(points[cut].x[1] - points[cut - 1].x[1]) < 0.2:  # one label for both
+                text = f"fold, L = {fold.L:.3g}"
+                panel.annotate(text, end, (9, 6), textcoords="offset points", color=color)
         panel.annotate(f"{name}, L = ∞", x[0], place, textcoords="offset points", color=color, weight="bold")
     panel.plot(*result.x, "k*", markersize=13, zorder=6)
     panel.annotate("both, L = 0", result.x, (-6, 11), textcoords="offset points", weight="bold")

@@ -199,9 +199,10 @@ def curves(rows: list[Row], path: Path) -> None:
 
     apart = any(row["copies"] > 1 for row in rows)
     figure, axes = plt.subplots(1, 2 + apart, figsize=(5 * (2 + apart), 4), layout="constrained")
-    ends = []
+    ends: list[tuple[float, float, str, str]] = []
     for order, label in enumerate(dict.fromkeys(row["run"] for row in rows)):
-        color, last = of_method(label, order), []
+        color = of_method(label, order)
+        last: list[tuple[float, float]] = []
         for mine in _by_seed(rows, label):
             style: dict[str, Any] = dict(color=color, alpha=0.8)
             work = [sum(row["copies"] for row in mine[: i + 1]) for i in range(len(mine))]
@@ -216,7 +217,7 @@ def curves(rows: list[Row], path: Path) -> None:
             if coupled:
                 axes[2].plot([row["epoch"] for row in coupled], [row["distance"] for row in coupled], "o-", **style)
             last.append(tested[-1])
-        ends.append((statistics.fmean(at for _, at in last), last[0][0], label, color))
+        ends.append((statistics.fmean(accuracy for _, accuracy in last), last[0][0], label, color))
     accuracies = sorted(row["test_accuracy"] for row in rows if row["test_accuracy"] is not None)
     low, high = max(0.0, accuracies[len(accuracies) // 5] - 5), accuracies[-1]
     axes[0].set_ylim(low, high + 0.04 * (high - low) + 0.1)
