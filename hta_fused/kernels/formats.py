@@ -155,6 +155,7 @@ def _encoded(x: Tensor, noise: Tensor, scale: Tensor, square: bool) -> Tensor:
     least = LEAST[square]
     whole = torch.full_like(scale, TOP - least)  # a number divided by a tensor would be multiplied by its reciprocal
     factor = torch.where(scale >= 2.0**-126, whole / scale, torch.zeros_like(scale))
-    y = (x.abs() * _spread(factor, len(x)) + least).clamp(max=TOP)
+    y = x.abs() * _spread(factor, len(x)) + least
+    y = torch.where(y < TOP, y, TOP)  # NaN too
     code = (y.view(torch.int32).long() + (noise & (1 << 19) - 1) - _bits(least)) >> 19
     return torch.where((x > 0) & (code == 0), 1, code) if square else torch.where(x < 0, -code, code) & 0xFF
