@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hta_fused.paper import cli, networks, runs, smalldata
-from hta_fused.train import Settings
+from hta_fused.train import Settings, machine
 
 PLAIN = networks.QUICK.settings
 
@@ -137,6 +137,24 @@ def test_a_best_epoch_is_chosen_among_those_tested():
     assert (curve.best(), curve.last(), curve.work) == ([70.0], [60.0], 4)
     worse = runs.Curve([[{"test_accuracy": 50.0, "copies": 1}]])
     assert networks.improvement(worse, curve) == pytest.approx(20.0)
+
+
+@pytest.mark.parametrize(
+    ("can", "precision"), [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "fp32"), ({}, "fp32")]
+)  # fmt: skip
+def test_what_a_processor_is_fastest_in(monkeypatch, can, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    assert machine.fastest_precision() == precision
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an earlier torch
+    assert machine.fastest_precision() == "fp32"
+
+
+def test_a_caption_says_the_precision_and_the_number_of_seeds():
+    one = runs.settings_in_words(
+        replace(networks.CPU, settings=replace(networks.CPU.settings, precision="fp32"), seeds=1)
+    )
+    assert one.endswith("batch 64, fp32, 1 seed")
+    assert runs.settings_in_words(networks.FULL).endswith("batch 128, fp32, 5 seeds")
 
 
 def test_equal_work_counts_every_copy():

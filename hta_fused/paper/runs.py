@@ -126,7 +126,7 @@ def settings_in_words(scale: Scale) -> str:
     images = f"{s.train_images:,} training images" if s.train_images else "all training images"
     return (
         f"{s.dataset}, {images}, width {s.width:g}, {s.epochs} epochs, {s.L_schedule.epochs} of them coupled, batch "
-        f"{s.batch_size}, {s.precision}, {scale.seeds} seeds"
+        f"{s.batch_size}, {s.precision}, {scale.seeds} seed{'s' * (scale.seeds > 1)}"
     )
 
 
