@@ -448,6 +448,7 @@ HTA_EXPORT const char* hta_instruction_set() { return hta::cpu::instruction_set(
 HTA_EXPORT const char* hta_cuda_targets() { return HTA_CUDA_TARGETS_OR_NULL; }
 HTA_EXPORT const char* hta_layout() {
   static const std::string layout = std::to_string(hta::kTile) + " " + std::to_string(hta::kNumbers) + " " +
-                                    std::to_string(hta::kRule) + " " + std::to_string(hta::kHashed);
+                                    std::to_string(hta::kRule) + " " + std::to_string(hta::kHashed) + " " +
+                                    std::to_string(hta::kScaled);
   return layout.c_str();
 }

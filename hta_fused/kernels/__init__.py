@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import formats, reference
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Registration
@@ -159,7 +159,7 @@ def _load_extension() -> tuple[ctypes.CDLL | None, str]:
         extension = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"the extension does not load beside torch {torch.__version__}: {error}"
-    layout = (reference.TILE, reference.NUMBERS, reference.RULE, reference.HASHED)
+    layout = (reference.TILE, reference.NUMBERS, reference.RULE, reference.HASHED, formats.SCALED)
     try:
         extension.hta_layout.restype = extension.hta_instruction_set.restype = ctypes.c_char_p
         extension.hta_cuda_targets.restype = ctypes.c_char_p
