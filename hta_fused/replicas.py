@@ -53,10 +53,6 @@ class Replicas(FlatCopies):
             write to them counts, but for writes through `.data`, which leave no trace. Those of normalisation layers
             stay float32. All gradients are kept in this dtype. The masters are what
             `state_dict`, `merge` and the optimizer work with.
-        master_format: "full", or with a compute_dtype "split": of each master 24 bits are kept, the compute_dtype's number
-            and a byte of correction (relative error 2⁻¹⁶), 3 bytes for 6. What others write to a parameter then has no
-            correction.
-        anchor_format: "full", or "bfloat16" beside float32.
         group: a process group, or a DeviceMesh of one dimension: each process of it holds one copy, on its own device;
             rank 0 holds copy 0. All processes must make their Replicas together, of models and with arguments that
             agree. Copy 0's values are sent to all; with start="independent" the others are drawn anew after that, into
@@ -66,6 +62,10 @@ class Replicas(FlatCopies):
         factory: returns a fresh module like the model, for start="independent" and anchor="random". Without it a deep
             copy of the model is drawn anew by the `reset_parameters` of its modules, which may differ from what
             the model's constructor does; what is frozen stays as it is.
+        master_format: "full", or with a compute_dtype "split": of each master 24 bits are kept, the compute_dtype's number
+            and a byte of correction (relative error 2⁻¹⁶), 3 bytes for 6. What others write to a parameter then has no
+            correction.
+        anchor_format: "full", or "bfloat16" beside float32.
 
     Attributes:
         copies: the m modules, an nn.ModuleList; `theta` and `eta` are the first two. With a group, this process's.
@@ -97,11 +97,11 @@ class Replicas(FlatCopies):
         anchor: str | Tensor | Mapping[str, Tensor] = "init",
         start: str | Sequence[nn.Module] = "copy",
         compute_dtype: torch.dtype | None = None,
-        master_format: str = "full",
-        anchor_format: str = "full",
         factory: Callable[[], nn.Module] | None = None,
         group: Any = None,
         communicate: str = "float32",
+        master_format: str = "full",
+        anchor_format: str = "full",
     ):
         like, compute_dtype = check_model(model, compute_dtype, master_format)
         if anchor_format not in ("full", "bfloat16"):
