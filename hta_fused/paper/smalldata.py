@@ -134,6 +134,6 @@ def figure(rows: list[Row]) -> Any:
         axes.errorbar(row["minus equal work"], place, fmt="o", capsize=3, **bar)
     labels = [f"{row['method']} ({row['accuracy, %']:.2f} %, work {row['work']})" for row in shown]
     axes.set_yticks(range(len(shown)), labels)
-    axes.set(xlabel="accuracy minus SGD's at equal work, points; 95 % intervals")
+    axes.set(xlabel="minus SGD at equal work, points (bars: 95 %)")
     axes.grid(alpha=0.3, axis="x")
     return figure

@@ -42,7 +42,7 @@ process of its own."""
 
 EXAMPLES = """\
 examples:
-  hta-train                                     the first run: a minute or two on two cores
+  hta-train                                     the first run, some minutes
   hta-train --method hta --copies 4 --batches own --out runs/four
   hta-train --resume runs/four                  go on with it after a stop
   hta-train --evaluate runs/four/hta-seed0.pt   test what came out

@@ -224,7 +224,7 @@ def curves(rows: list[Row], path: Path) -> None:
     name_ends(axes[0], ends)
     axes[0].set(xlabel="work: epochs × copies", title="test accuracy, %")
     axes[1].set(xlabel="work: epochs × copies", title="training loss, mean of the copies", yscale="log")
-    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes[1].yaxis.set_major_formatter("{x:g}")
     axes[1].yaxis.set_minor_formatter("")
     if apart:
