@@ -126,7 +126,7 @@ def formats(out: Path, scale: Scale) -> None:
         "split, 8-bit": {"master_format": "split", "state_format": "8bit", "anchor_format": "bfloat16"},
     }
     shared = replace(scale.settings, method="hta", precision="fp32")
-    few = replace(shared, train_images=min(shared.train_images, 4_000), epochs=min(shared.epochs, 8))
+    few = replace(shared, train_images=min(shared.train_images, 2_000), epochs=min(shared.epochs, 8))
     datasets: dict[str, Settings] = {
         "digits": replace(Settings(), method="hta", seeds=1, device=shared.device),
         few.dataset: few,
