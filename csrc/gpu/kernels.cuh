@@ -140,7 +140,7 @@ constexpr bool kSmall = sizeof(T) == 4 && kCopies == 2 && P::kStates == 1;
 template <class T, class G, class P, int kCopies>
 constexpr int kBlocks = kSmall<T, P, kCopies> ? (kInFormats<T> ? 2 : sizeof(G) == sizeof(T) ? 4 : 3) : 2;
 template <class T, class P, int kCopies>
-constexpr int kTogether = kCopies == 0 || kSmall<T, P, kCopies> ? 1 : kCopies == 2 ? 2 : (kCopies == 4 ? 4 : 2) / P::kStates;
+constexpr int kTogether = kCopies == 0 || kSmall<T, P, kCopies> || kInFormats<T> ? 1 : kCopies == 2 ? 2 : (kCopies == 4 ? 4 : 2) / P::kStates;
 
 // Up to kCopies copies, whose proposals stay in registers. 0: any number, proposed twice: once for the sum, and once
 // more, out of the cache, for good. Only such kernels know the explicit mode, and the phases by themselves.
