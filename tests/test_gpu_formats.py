@@ -141,7 +141,8 @@ def test_every_format_leaves_the_references_bits(backend, coupling, proposal, m)
 def test_awkward_sizes(backend, m, n):
     if few(backend) and (m != 2 or n > 1025):
         pytest.skip("a case that Triton's interpreter is spared")
-    for proposal, coupling in itertools.product(PROPOSALS.values(), (COUPLINGS["homotopy"], COUPLINGS["elastic"])):
+    cases = list(itertools.product(PROPOSALS.values(), (COUPLINGS["homotopy"], COUPLINGS["elastic"])))
+    for proposal, coupling in cases[-1:] if few(backend) else cases:
         tensors = tensors_of(m, n, proposal, "split bf16", "8 bits", BF16)
         check(backend, tensors, proposal, coupling, pattern("mixed", n, m)[0])
 
@@ -206,9 +207,9 @@ def test_rows_may_start_anywhere_and_nothing_beyond_them_is_touched(backend):
 PLANTED = {
     "half a warp's magnitudes": ("distance = 16; distance > 0; distance /= 2) larger", "distance = 8; distance > 0; distance /= 2) larger"),
     "a scale nobody writes": ("if (threadIdx.x % 32 == 0) static_cast", "if (threadIdx.x > 255) static_cast"),
-    "another row's bits": ("keys[(row + 2) * kTiles]", "keys[2 * kTiles]"),
-    "another tile's keys": ("keys + i / kTile % kTiles", "keys"),
-    "a barrier before keys": ("    __syncthreads();\n    keys = shared_keys;", "    keys = shared_keys;"),
+    "another row's bits": ("of_row = key(row + 2, tile)", "of_row = key(2, tile)"),
+    "another tile's keys": ("int(i / kTile % kTiles)", "0"),
+    "a barrier before keys": ("    __syncthreads();\n  }\n\n  struct OfGroup", "  }\n\n  struct OfGroup"),
     "lanes beyond the end": ("first < count; at +=", "at < count; at +="),
 }  # fmt: skip
 

@@ -383,7 +383,10 @@ def test_nvrtc_compiles_every_kernel_without_spills(arch, tmp_path):
     for name, symbol in zip(kernel_names, lowered, strict=True):
         assert used[symbol]["STACK"] == used[symbol]["LOCAL"] == 0, name
         # 256 threads: four blocks on a multiprocessor for float32 pairs under SGD, two for most others.
-        assert used[symbol]["REG"] <= (64 if name == "step_kernel<float,float,Sgd,2,false>" else 128), name
+        alone = arch == "sm_60" and name.startswith("step_kernel<Packed,Packed,AdamW")
+        assert used[symbol]["REG"] <= (
+            64 if name == "step_kernel<float,float,Sgd,2,false>" else 255 if alone else 128
+        ), name
 
 
 @pytest.mark.skipif(not nvrtc_targets(), reason="no NVRTC")
@@ -437,15 +440,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hta_fused.kernels import triton as t
 
-ROWS = ("copies", "grads", "states", "low")
-TYPES = dict(codes="*i32", labels="*u8", seed="*i64", grad_scale="*fp32", found_inf="*fp32", nonfinite="*i32", partial="*fp64",
+ROWS = ("copies", "grads", "states", "low", "corrections", "scales")
+TYPES = dict(corrections="*i8", noise="*i64", codes="*i32", labels="*u8", seed="*i64", grad_scale="*fp32", found_inf="*fp32", nonfinite="*i32", partial="*fp64",
              n="i64", groups="i32", rows="i32", programs="i32", stats="*fp64", out_labels="*i64", images="*u8", order="*i64",
              offsets="*i64", mirrored="*i1", scale="*fp32", shift="*fp32", position="*i64", count="i64", size="i64", s_n="i64",
              s_c="i64", s_h="i64", s_w="i64")
-def compile(kernel, cc, constants, rows=0, states=1, **types):
-    counts = {"copies": rows, "grads": rows, "states": rows * states, "low": rows}
-    types = {n: (types.get(n, "*fp32"),) * counts[n] if n in ROWS else types.get(n, TYPES.get(n, "*fp32"))
-             for n in kernel.arg_names if n not in constants}
+def compile(kernel, cc, constants, rows=0, states=1, states_type="*fp32", **types):
+    types["states"] = states_type
+    counts = {"copies": rows, "grads": rows, "states": rows * states, "low": rows, "corrections": rows * constants.get("SPLIT", 0),
+              "scales": rows * states * (states_type == "*u8")}
+    types = {n: (kind,) * counts[n] if n in ROWS else kind
+             for n in kernel.arg_names if n not in constants for kind in [types.get(n, TYPES.get(n, "*fp32"))]}
     # What the JIT finds out by itself: pointers and, in Replicas' buffers, sizes are multiples of 16.
     hints = {}
     for name, kind in types.items():
@@ -458,12 +463,17 @@ def compile(kernel, cc, constants, rows=0, states=1, **types):
 
 W = tl.float32
 flags = dict(WORK=W, EXPLICIT=False, PROPOSES=True, SHARES=True, STATES=True, ANCHOR=True, CENTRE=False, SUMS=False, CODES=True,
-             SEED=False)
+             SEED=False, SPLIT=False, RANDOM=False)
 CASES = [(t.step_kernel, {**flags, "M": m, "BLOCKS": m, "ADAMW": adamw, "LOW": low, "LABELS": labels, "SCALE": low, "FOUND": low, "GUARD": not low},
           dict(rows=m, states=2 if adamw else 1, **({"low": "*bf16", "grads": "*bf16"} if low else {})),
           ((3 if adamw else 2) * m + 1 + (0 if low else m), (3 if adamw else 2) * m))
          for m, adamw, low, labels in [(2, False, False, False), (2, False, True, True), (2, True, False, True), (4, False, False, True),
                                        (8, False, False, False)]]
+packed = {**flags, "M": 2, "BLOCKS": 2, "LOW": False, "LABELS": True, "SCALE": False, "FOUND": False, "GUARD": True,
+          "CENTRE": True, "SPLIT": True, "RANDOM": True}
+CASES += [(t.step_kernel, {**packed, "ADAMW": adamw},
+           dict(rows=2, states=1 + adamw, copies=low, grads=low, anchor=low, centre=low, states_type=state), (0, 0))
+          for adamw, low, state in [(False, "*bf16", "*bf16"), (False, "*bf16", "*u8"), (True, "*fp16", "*u8")]]
 CASES += [(t.penalty_kernel, dict(WORK=W, M=2, ACCUMULATE=True, ANCHOR=True, CODES=True, LABELS=labels, SEED=labels),
            dict(rows=2), (5, 2)) for labels in (False, True)]
 CASES += [(t.guard_kernel, dict(WORK=W, M=2), dict(rows=2), (2, 0)),
@@ -490,7 +500,7 @@ def test_triton_compiles_every_kernel_without_spills_and_16_bytes_wide(tmp_path)
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 3 * 11
+    assert len(found) == 3 * 14
     for name, kernel, loads, stores, wanted_loads, wanted_stores, contracted in found:
         (used,) = resources((tmp_path / f"{name}.cubin").read_bytes(), tmp_path).values()
         assert used["STACK"] == used["LOCAL"] == 0, (name, kernel)

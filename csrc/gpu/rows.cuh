@@ -285,44 +285,48 @@ template <class T> struct Noise {
 };
 template <> struct Noise<Packed> {
   static constexpr int kTiles = kChunk / kTile;
-  const uint32_t* keys = nullptr;  // [3 m + 3, kTiles]: the tiles' two keys, then what each row changes; null: none
+  bool given;
+
+  // [3 m + 3, kTiles]: the tiles' two keys, then what each row changes.
+  static HTA_DEVICE uint32_t& key(int32_t row, int tile) {
+    __shared__ uint32_t keys[(3 * kMaxCopies + 3) * kTiles];
+    return keys[row * kTiles + tile];
+  }
 
   // Made once for a block: keys cost as much as a whole element's step.
-  HTA_DEVICE explicit Noise(const StepArgs<Packed>& args) {
-    __shared__ uint32_t shared_keys[(3 * kMaxCopies + 3) * kTiles];
-    if (!args.noise) return;
+  HTA_DEVICE explicit Noise(const StepArgs<Packed>& args) : given(args.noise) {
+    if (!given) return;
     for (int at = threadIdx.x; at < (3 * args.m + 2) * kTiles; at += kThreads) {
-      const int32_t row = at / kTiles - 1;
-      const int64_t tile = int64_t(blockIdx.x) * kTiles + at % kTiles;
+      const int32_t row = at / kTiles - 1, of_block = at % kTiles;
+      const int64_t tile = int64_t(blockIdx.x) * kTiles + of_block;
       if (row >= 0) {
-        shared_keys[at + kTiles] = row_noise(*args.noise, row, tile);
+        key(row + 2, of_block) = row_noise(*args.noise, row, tile);
       } else {
         const HashKeys of_tile = hash_keys(*args.noise, tile);
-        shared_keys[at] = of_tile.first;
-        shared_keys[at + kTiles] = of_tile.second;
+        key(0, of_block) = of_tile.first;
+        key(1, of_block) = of_tile.second;
       }
     }
     __syncthreads();
-    keys = shared_keys;
   }
 
   struct OfGroup {
-    const uint32_t* keys;  // of its tile
+    bool given;
+    int tile;
     uint32_t bits[4];
     HTA_DEVICE Random of(int32_t row) const {
       Random random;
-      if (!keys) return random;
-      const uint32_t of_row = keys[(row + 2) * kTiles];
+      if (!given) return random;
+      const uint32_t of_row = key(row + 2, tile);
       for (int lane = 0; lane < 4; ++lane) random.bits[lane] = bits[lane] ^ of_row;
       random.given = true;
       return random;
     }
   };
   HTA_DEVICE OfGroup of(int64_t i) const {
-    OfGroup group{keys ? keys + i / kTile % kTiles : nullptr, {}};
-    if (keys)
-      for (int lane = 0; lane < 4; ++lane)
-        group.bits[lane] = random_bits(HashKeys{group.keys[0], group.keys[kTiles]}, uint32_t(i % kTile + lane));
+    OfGroup group{given, int(i / kTile % kTiles), {}};
+    for (int lane = 0; given && lane < 4; ++lane)
+      group.bits[lane] = random_bits(HashKeys{key(0, group.tile), key(1, group.tile)}, uint32_t(i % kTile + lane));
     return group;
   }
 };
