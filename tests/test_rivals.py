@@ -190,6 +190,10 @@ def test_no_blocks_anchor_nothing():
         ),
         (dict(schedule="tight-loose-merge", L_start=2.0, L_stop=1.0), "L_start must be at most L_stop, 1.0"),
         (dict(coupling="diloco"), "partition must be none where the coupling is diloco, got 'conv_blocks'"),
+        (
+            dict(coupling="diloco", partition="none", start="independent"),
+            "start must be copy where the coupling is diloco, got 'independent'",
+        ),
         (dict(outer_lr=0.0), "outer_lr must be positive and finite, got 0.0"),
         (dict(outer_momentum=1.0), "outer_momentum must be under 1, got 1.0"),
         (dict(validate=True), "validate must have images to test on: give train_images"),

@@ -1,4 +1,7 @@
-"""Whether this machine can do what the settings ask, and what it is fastest in. Knows the networks' sizes; imports settings.py and vgg.py."""
+"""Whether this machine can do what the settings ask, and what it is fastest in.
+
+Knows the networks' sizes; imports settings.py and vgg.py.
+"""
 
 import os
 from typing import Any, Literal

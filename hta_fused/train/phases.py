@@ -1,5 +1,5 @@
-"""The phases of a run: Coupled trains copies apart, Merged and
-DataParallel train one network; a run asks both the same questions.
+"""The phases of a run: Coupled trains copies apart, Merged and DataParallel train one network; a run asks all of them the
+same questions.
 
 Imports the package's optimizer and copies; knows nothing of batches and runs.
 """

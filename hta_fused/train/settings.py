@@ -216,6 +216,8 @@ class Settings:
             return
         if self.coupling != "homotopy" and self.partition != "none":
             raise ValueError(f"partition must be none where the coupling is {self.coupling}, got {self.partition!r}")
+        if self.coupling == "diloco" and self.start != "copy":
+            raise ValueError(f"start must be copy where the coupling is diloco, got {self.start!r}")
         for L in (self.L_schedule.values[0], self.L_schedule.values[-1]):
             try:
                 sgd = SGD(self.lr, self.momentum, self.weight_decay)
