@@ -209,7 +209,6 @@ PLANTED = {
     "a scale nobody writes": ("if (threadIdx.x % 32 == 0) static_cast", "if (threadIdx.x > 255) static_cast"),
     "another row's bits": ("of_row = key(row + 2, tile)", "of_row = key(2, tile)"),
     "another tile's keys": ("int(i / kTile % kTiles)", "0"),
-    "a barrier before keys": ("    __syncthreads();\n  }\n\n  struct OfGroup", "  }\n\n  struct OfGroup"),
     "lanes beyond the end": ("first < count; at +=", "at < count; at +="),
 }  # fmt: skip
 
