@@ -383,7 +383,7 @@ def test_nvrtc_compiles_every_kernel_without_spills(arch, tmp_path):
     for name, symbol in zip(kernel_names, lowered, strict=True):
         assert used[symbol]["STACK"] == used[symbol]["LOCAL"] == 0, name
         # 256 threads: four blocks on a multiprocessor for float32 pairs under SGD, two for most others.
-        alone = arch == "sm_60" and name.startswith("step_kernel<Packed,Packed,AdamW")
+        alone = "Packed" in name and (arch == "sm_60" or name.endswith("AdamW,0,true>"))
         assert used[symbol]["REG"] <= (
             64 if name == "step_kernel<float,float,Sgd,2,false>" else 255 if alone else 128
         ), name

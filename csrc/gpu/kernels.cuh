@@ -142,15 +142,15 @@ constexpr bool kPascal = true;  // whose code needs more registers
 #else
 constexpr bool kPascal = false;
 #endif
-template <class T, class G, class P, int kCopies>
-constexpr int kBlocks = kInFormats<T> ? (kPascal && P::kStates > 1 ? 1 : 2) : kSmall<T, P, kCopies> ? (sizeof(G) == sizeof(T) ? 4 : 3) : 2;
+template <class T, class G, class P, int kCopies, bool kExplicit>
+constexpr int kBlocks = kInFormats<T> ? (kPascal || (kExplicit && P::kStates > 1) ? 1 : 2) : kSmall<T, P, kCopies> ? (sizeof(G) == sizeof(T) ? 4 : 3) : 2;
 template <class T, class P, int kCopies>
 constexpr int kTogether = kCopies == 0 || kSmall<T, P, kCopies> || kInFormats<T> ? 1 : kCopies == 2 ? 2 : (kCopies == 4 ? 4 : 2) / P::kStates;
 
 // Up to kCopies copies, whose proposals stay in registers. 0: any number, proposed twice: once for the sum, and once
 // more, out of the cache, for good. Only such kernels know the explicit mode, and the phases by themselves.
 template <class T, class G, class P, int kCopies, bool kExplicit>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies>) step_kernel(const StepArgs<T, G> args) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies, kExplicit>) step_kernel(const StepArgs<T, G> args) {
   using A = arithmetic_t<T>;
   constexpr int kHeld = kCopies ? kCopies : 1, kAtOnce = kTogether<T, P, kCopies>;
   const int32_t m = args.m, blocks = kCopies ? m : args.blocks, end = kCopies ? kCopies : m;
@@ -411,16 +411,17 @@ __global__ void __launch_bounds__(kThreads, 2) batch_kernel(const BatchArgs<T> a
 
 }  // namespace hta::gpu
 
-// Every kernel there is, each handed to X in parentheses. Float32 copies have instances for up to 2, 4 and 8 copies, but for AdamW in formats.
+// Every kernel there is, each handed to X in parentheses. Float32 copies have instances for up to 2, 4 and 8 copies.
 #define HTA_PROPOSAL_KERNELS(X, T, G, P) \
   X((step_kernel<T, G, P, 2, false>)) X((step_kernel<T, G, P, 0, false>)) X((step_kernel<T, G, P, 0, true>))
 #define HTA_STEP_KERNELS(X, T, G) \
   HTA_PROPOSAL_KERNELS(X, T, G, Sgd) HTA_PROPOSAL_KERNELS(X, T, G, AdamW) X((guard_kernel<T, G>)) X((step_end_kernel<T, G>))
-#define HTA_MORE_KERNELS(X, T, G, P) X((step_kernel<T, G, P, 4, false>)) X((step_kernel<T, G, P, 8, false>))
-#define HTA_FLOAT_KERNELS(X, G) HTA_STEP_KERNELS(X, float, G) HTA_MORE_KERNELS(X, float, G, Sgd) HTA_MORE_KERNELS(X, float, G, AdamW)
+#define HTA_FLOAT_KERNELS(X, G)                                                                              \
+  HTA_STEP_KERNELS(X, float, G) X((step_kernel<float, G, Sgd, 4, false>)) X((step_kernel<float, G, Sgd, 8, false>)) \
+  X((step_kernel<float, G, AdamW, 4, false>)) X((step_kernel<float, G, AdamW, 8, false>))
 #define HTA_OTHER_KERNELS(X, T) X((penalty_kernel<T>)) X((penalty_end_kernel<T>)) X((batch_kernel<T>))
 #define HTA_KERNELS(X)                                                                                       \
   HTA_FLOAT_KERNELS(X, float) HTA_FLOAT_KERNELS(X, Half) HTA_FLOAT_KERNELS(X, BFloat16)                      \
-  HTA_STEP_KERNELS(X, Packed, Packed) HTA_MORE_KERNELS(X, Packed, Packed, Sgd)                                \
+  HTA_STEP_KERNELS(X, Packed, Packed)                                                                        \
   HTA_STEP_KERNELS(X, double, double) HTA_STEP_KERNELS(X, Half, Half) HTA_STEP_KERNELS(X, BFloat16, BFloat16) \
   HTA_OTHER_KERNELS(X, float) HTA_OTHER_KERNELS(X, double) HTA_OTHER_KERNELS(X, Half) HTA_OTHER_KERNELS(X, BFloat16)

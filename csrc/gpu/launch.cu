@@ -25,7 +25,7 @@ auto step_kernel_for(const StepArgs<T, G>& args) {
   if (args.explicit_mode) return step_kernel<T, G, P, 0, true>;
   if (args.phase != (kPropose | kShare) || args.blocks != args.m) return step_kernel<T, G, P, 0, false>;
   if (args.m <= 2) return step_kernel<T, G, P, 2, false>;
-  if constexpr (sizeof(T) == 4 && !(kInFormats<T> && P::kStates > 1)) {  // that would not fit the registers
+  if constexpr (sizeof(T) == 4 && !kInFormats<T>) {  // which would not fit the registers
     if (args.m <= 4) return step_kernel<T, G, P, 4, false>;
     if (args.m <= 8) return step_kernel<T, G, P, 8, false>;
   }

@@ -325,7 +325,7 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
         args.grads_format = _formats()[grad_dtype, False]
         args.states_format = _formats()[states[0].dtype, False] if states else 0
         args.anchor_format = 0 if of_anchor is None else _formats()[of_anchor.dtype, False]
-    instances = (2, 4, 8) if (proposal == 0 if in_formats else dtype == torch.float32) else (2,)
+    instances = (2, 4, 8) if dtype == torch.float32 and not in_formats else (2,)
     held = (
         0
         if explicit_mode or phase != PROPOSE | SHARE or blocks_of(rules, m) != m
