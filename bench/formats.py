@@ -5,9 +5,10 @@ A step's floor is its bytes; where it takes longer than they do, it is its arith
 
 import gc
 import multiprocessing
-import resource
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,9 +126,18 @@ def _transformer() -> tuple[nn.Module, Tensor, Tensor]:
 TASKS: dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]] = {"vgg16": _vgg16, "transformer-124m": _transformer}
 
 
+def _held(peak: bool) -> int:
+    """Bytes of memory that this process holds, or has held at most. (getrusage's counts the parent's too.)"""
+    line = re.search(
+        rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE
+    )
+    assert line is not None
+    return 1024 * int(line[1])
+
+
 def _peak(task: str, copies: int, proposal: str, formats: dict[str, Any], answer: Any) -> None:
     """Sends the most memory that two whole training steps held, and what of it lies in flat buffers; in a process of its own."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _held(peak=False)
     model, x, y = TASKS[task]()
     optimizer = optimizer_of(model, copies, proposal, formats)
     replicas, masters = optimizer.replicas, optimizer.replicas.masters
@@ -144,8 +154,7 @@ def _peak(task: str, copies: int, proposal: str, formats: dict[str, Any], answer
         optimizer.step()
     flat = [masters.rows, masters.corrections, masters.low, replicas.grads, replicas.anchor]
     flat += [*optimizer._buffers.values(), *optimizer._scales.values()]
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    answer.send(((after - before) * 1024, sum(t.nbytes for t in flat if t is not None)))
+    answer.send((_held(peak=True) - before, sum(t.nbytes for t in flat if t is not None)))
 
 
 def memory(task: str, copies: int, proposal: str) -> dict[str, Any]:

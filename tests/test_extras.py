@@ -19,7 +19,12 @@ ROOT = Path(__file__).parent.parent
 OWN = {"hta_fused", "hta_fused_bench", "bench"}
 REQUIRED = {"torch", "numpy"}
 # What a backend finds or does without, and a benchmark for pytest itself.
-OTHERS = {"kernels/triton.py": {"triton"}, "kernels/nvrtc.py": {"nvidia"}, "bench/machine_code.py": {"triton"}}
+OTHERS = {
+    "kernels/triton.py": {"triton"},
+    "kernels/triton_rows.py": {"triton"},
+    "kernels/nvrtc.py": {"nvidia"},
+    "bench/machine_code.py": {"triton"},
+}
 OTHERS |= {"bench/test_micro.py": {"pytest"}}
 OPTIONAL = sorted({module for modules in extras.EXTRAS.values() for module in modules})
 

@@ -72,7 +72,7 @@ def test_every_setting_is_a_flag_with_a_line_of_help():
         assert re.search(rf"^  {cli.FLAGS[field.name]}[ ,]", text, re.MULTILINE), field.name
     groups = ["method", "network", "data", "homotopy", "optimisation", "machine", "output"]
     assert re.findall(r"^(\w+):$", text, re.MULTILINE)[1:-1] == groups
-    assert "what to train: hta, sgd, [compare]" in text
+    assert "--method METHOD " in text
     assert "--batch-norm, --no-batch-norm " in text
     assert "--L-start L " in text
     assert sum(line.startswith("  --") for line in text.splitlines()) >= len(fields(Settings))

@@ -92,30 +92,36 @@ def read(row, i, mask, WORK: tl.constexpr):
 def read_copy(copies, corrections, j: tl.constexpr, i, mask, SPLIT: tl.constexpr, WORK: tl.constexpr):
     low = tl.load(copies[j] + i, mask=mask, other=0)
     if not SPLIT:
-        return low.to(WORK)
-    correction = tl.load(corrections[j] + i, mask=mask, other=0).to(tl.int32)
-    if low.dtype == tl.bfloat16:
-        return real((low.to(tl.uint16, bitcast=True).to(tl.uint32) << 16) + (word(correction) << 8))
-    whole = low.to(tl.uint16, bitcast=True).to(tl.uint32)
-    kept = ((whole & 0x7FFF) << 8) + word(correction)
-    even = real((kept << 5) + _SUBNORMAL_BITS) - _SUBNORMAL
-    finite = tl.where(kept < (1 << 18), word(even), (kept << 5) + (112 << 23))
-    beyond = tl.where(kept > _BEYOND_HALF, 0x7FC00000, 0x7F800000).to(tl.uint32)
-    return real(tl.where(kept < _BEYOND_HALF, finite, beyond) | ((whole & 0x8000) << 16))
+        x = low.to(WORK)
+    else:
+        correction = tl.load(corrections[j] + i, mask=mask, other=0).to(tl.int32)
+        whole = low.to(tl.uint16, bitcast=True).to(tl.uint32)
+        if low.dtype == tl.bfloat16:
+            x = real((whole << 16) + (word(correction) << 8))
+        else:
+            kept = ((whole & 0x7FFF) << 8) + word(correction)
+            even = real((kept << 5) + _SUBNORMAL_BITS) - _SUBNORMAL
+            finite = tl.where(kept < (1 << 18), word(even), (kept << 5) + (112 << 23))
+            beyond = tl.where(kept > _BEYOND_HALF, 0x7FC00000, 0x7F800000).to(tl.uint32)
+            x = real(tl.where(kept < _BEYOND_HALF, finite, beyond) | ((whole & 0x8000) << 16))
+    return x
 
 
 @triton.jit
 def read_state(states, scales, row: tl.constexpr, tile, i, mask, n, live, SQUARE: tl.constexpr, WORK: tl.constexpr):
     if states[row].dtype.element_ty != tl.uint8:
-        return read(states[row], i, mask, WORK)
-    LEAST: tl.constexpr = _LEAST_SQUARE if SQUARE else _LEAST
-    code = tl.load(states[row] + i, mask=mask, other=0)
-    code = code.to(tl.int32) if SQUARE else code.to(tl.int8, bitcast=True).to(tl.int32)
-    at, there = scales_of(scales[row], tile, n, live)
-    WHOLE: tl.constexpr = _WHOLE_SQUARE if SQUARE else _WHOLE
-    least = tl.full((_ELEMENTS,), LEAST, tl.float32)
-    x = (real((word(tl.abs(code)) << 19) + word(least)) - least) * WHOLE * spread(tl.load(at, mask=there, other=0))
-    return tl.where(code < 0, -x, x)
+        x = read(states[row], i, mask, WORK)
+    else:
+        LEAST: tl.constexpr = _LEAST_SQUARE if SQUARE else _LEAST
+        WHOLE: tl.constexpr = _WHOLE_SQUARE if SQUARE else _WHOLE
+        code = tl.load(states[row] + i, mask=mask, other=0)
+        code = code.to(tl.int32) if SQUARE else code.to(tl.int8, bitcast=True).to(tl.int32)
+        at, there = scales_of(scales[row], tile, n, live)
+        least = tl.full((_ELEMENTS,), LEAST, tl.float32)
+        size = (real((word(tl.abs(code)) << 19) + word(least)) - least) * WHOLE
+        size *= spread(tl.load(at, mask=there, other=0))
+        x = tl.where(code < 0, -size, size)
+    return x
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
