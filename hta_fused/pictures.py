@@ -23,6 +23,11 @@ OF_METHOD = {
     "dropout": "#e0a458",
     "dropout, equal work": "#a8651b",
     "HTA, masks of an epoch": OURS,
+    "float32": RIVAL,
+    "bfloat16 momentum, anchor": "#8d5bb3",
+    "split masters": "#e0a458",
+    "split, bfloat16": "#6cc2a1",
+    "split, 8-bit": OURS,
     "HTA, masks of a step": "#6cc2a1",
 }
 _OTHERS = ("#4aa3b8", "#7a6a53", "#b5b02b")
