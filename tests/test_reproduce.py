@@ -63,7 +63,7 @@ def test_figure3_goes_on_with_what_table3_has_trained_and_other_settings_are_ref
 def test_a_run_that_was_cut_goes_on_to_the_same_end(tmp_path):
     settings = {"SGD": replace(PLAIN, method="sgd")}
     whole = runs.train(tmp_path / "whole", settings, range(1))
-    cut = replace(settings["SGD"], seed=0, threads=1, out=tmp_path / "cut" / "runs" / "sgd-seed0")
+    cut = replace(settings["SGD"], seed=0, seeds=1, threads=1, out=tmp_path / "cut" / "runs" / "sgd-seed0")
     batches = 0
 
     def stop():
