@@ -248,13 +248,13 @@ def test_two_processes_go_on_with_one_processs_run(tmp_path, alone, batches):
 
 
 def test_four_processes_come_close_to_one_with_four_copies(tmp_path):
-    # Four terms summed in another order: how far that grows in two epochs depends on the memory format.
-    settings = replace(TINY, copies=4, epochs=2, width=0.06, memory_format="contiguous")
+    # Four terms summed in another order: in larger steps the processor's kernels decide how far that grows.
+    settings = replace(TINY, copies=4, epochs=2, width=0.06, lr=0.0005)
     assert Trainer(replace(settings, out=tmp_path / "alone"), report=stress.silent).train()
     ended(torchrun(tmp_path / "four", processes=4, settings=settings))
     first, second = (torch.load(tmp_path / of / "hta-seed0.pt") for of in ("alone", "four"))
     for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)
     for one, other in zip(rows(tmp_path / "alone"), rows(tmp_path / "four"), strict=True):
         assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
         assert one.keys() == other.keys()
