@@ -112,7 +112,7 @@ class CoupledOptimizer(FlatState):
         self._step_supports_amp_scaling = unscale  # GradScaler hands over grad_scale and found_inf
         device = replicas.device
         self._bound = replicas.grads  # others, once the Replicas have moved
-        # A number of each step's own, by which its results are rounded at random.
+        # How many steps were done, on the device: a number of each step's own, by which its results are rounded at random.
         self._noise = torch.zeros(1, dtype=torch.int64, device=device)
         self._codes = replicas.partition.codes.clone()  # (group, label) of each tile
         self._frozen: list[int] = []  # parameters, by the layout's number
@@ -244,16 +244,13 @@ class CoupledOptimizer(FlatState):
         replicas.collect_grads_unchecked()
         if self._planned is not None:
             self.rules.view(-1).copy_(self._planned.index_select(0, self._cursor)[0])
-            self._noise.copy_(self._cursor + self._plan_start)
             self._cursor += 1
         elif capturing:
             if not self.capturable:
                 raise RuntimeError(f"a CUDA graph captures {type(self).__name__}.step(), which needs capturable=True")
             if self._known is None:
                 raise RuntimeError(f"call {type(self).__name__}.refresh() before a CUDA graph captures step()")
-            self._noise += 1
         else:
-            self._noise.fill_(self._steps)
             self._steps += 1
             self._show_step()
         if self._coupling_class is Parle:
@@ -272,7 +269,9 @@ class CoupledOptimizer(FlatState):
                 corrections=[] if masters.corrections is None else [masters.corrections], scales=self._state_scales,
                 noise=self._noise if self._rounds else None,
             )  # fmt: skip
-            masters.refresh()
+        if self._rounds:
+            self._noise += 1
+        replicas.masters.refresh()
         replicas.written()
         return loss
 
@@ -298,7 +297,6 @@ class CoupledOptimizer(FlatState):
             params = replicas.params
             coupling.move_points(params, points, averages, replicas.mean(points))
             masters.write_all(params)
-        masters.refresh()
         self._stats[0], self._stats[2:] = stats[:, 0].sum(), stats[0, 2:]
         replicas.written()
         if not (found_inf.item() or replicas.processes):
@@ -400,6 +398,7 @@ class CoupledOptimizer(FlatState):
         self._planned.copy_(rows)
         self._plan_start = first
         self._cursor.fill_(start)
+        self._noise.fill_(done)
         self._known = None
 
     def values_at(self, **changed: Any) -> Tensor:

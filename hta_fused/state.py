@@ -35,6 +35,7 @@ class FlatState(torch.optim.Optimizer):
     _state_rows: list[Tensor]  # the proposal's among _buffers
     _index_of: dict[int, int]  # the layout's number of copy 0's parameters, by id
     _steps: int  # done so far, skipped ones included
+    _noise: Tensor  # the same on the device
     _step_tensor: Tensor  # the same, as torch's AdamW shows it
     _planned: Tensor | None  # the rules of steps to come, of which _cursor is the next
     _cursor: Tensor
@@ -251,6 +252,7 @@ class FlatState(torch.optim.Optimizer):
 
     def _set_steps(self, steps: int) -> None:
         self._steps, self._planned, self._known = steps, None, None
+        self._noise.fill_(steps)
         self._show_step()
 
     def _show_step(self) -> None:
