@@ -242,7 +242,7 @@ def batches_of(images: Images, settings: Settings, seed: int) -> Batches:
 
 def outputs(net: nn.Module, images: Tensor, settings: Settings) -> Tensor:
     """A network's logits. Where it holds bfloat16 numbers but is computed in float32, it reads them as such."""
-    if settings.compute_dtype == settings.batch_dtype or settings.precision != "fp32":
+    if settings.compute_dtype == settings.batch_dtype:
         return net(images)
     return torch.func.functional_call(net, {name: p.float() for name, p in net.named_parameters()}, (images,))
 
