@@ -47,15 +47,6 @@ def optimizer_of(model: nn.Module, copies: int, proposal: str, formats: dict[str
     )  # fmt: skip
 
 
-def bytes_per_element(optimizer: hta.CoupledOptimizer) -> float:
-    """What a step has to move for each element of all copies: gradients and anchor in, low copies out, the rest both ways."""
-    replicas, masters = optimizer.replicas, optimizer.replicas.masters
-    both = [masters.rows, masters.corrections, *optimizer._buffers.values(), *optimizer._scales.values()]
-    once = [replicas.grads, replicas.anchor, masters.low]
-    moved = sum(2 * t.nbytes for t in both if t is not None) + sum(t.nbytes for t in once if t is not None)
-    return moved / replicas.layout.numel
-
-
 def table(counts: list[int], proposals: list[str]) -> dict[str, Any]:
     """Bytes that a step moves for each element, by format, proposal and number of copies."""
     rows = []
@@ -64,7 +55,7 @@ def table(counts: list[int], proposals: list[str]) -> dict[str, Any]:
         for proposal in proposals:
             for m in counts:
                 optimizer = optimizer_of(nn.Linear(256, 64, bias=False), m, proposal, formats)
-                row[f"{proposal}, m = {m}"] = f"{bytes_per_element(optimizer):.2f}"
+                row[f"{proposal}, m = {m}"] = f"{workloads.moved(optimizer):.2f}"
         rows.append(row)
     return {"title": "Bytes an element, by format, proposal and copies", "rows": rows}
 
@@ -78,7 +69,7 @@ def steps(copies: int, proposal: str, elements: int, rounds: int) -> dict[str, A
         optimizer = optimizer_of(nn.ParameterList([0.05 * torch.randn(2, elements // 2)]), copies, proposal, formats)
         optimizer.replicas.grads.normal_(std=1e-3)
         optimizer.step()
-        times[name], bytes_[name] = optimizer.step, bytes_per_element(optimizer)
+        times[name], bytes_[name] = optimizer.step, workloads.moved(optimizer)
     for name, compute_dtype in ((FULL, None), (LOW, torch.bfloat16)):
         load = workloads.flat(elements, copies=copies, proposal=proposal, compute_dtype=compute_dtype)
         times[f"{COMPILED}: {name}"] = rivals.compiled(load.problem)
@@ -140,7 +131,7 @@ def _peak(task: str, copies: int, proposal: str, formats: dict[str, Any], answer
     before = _held(peak=False)
     model, x, y = TASKS[task]()
     optimizer = optimizer_of(model, copies, proposal, formats)
-    replicas, masters = optimizer.replicas, optimizer.replicas.masters
+    replicas = optimizer.replicas
     dtype = replicas.compute_dtype or torch.float32
     x = x.to(dtype) if x.is_floating_point() else x
 
@@ -152,9 +143,8 @@ def _peak(task: str, copies: int, proposal: str, formats: dict[str, Any], answer
         optimizer.zero_grad()
         replicas.backward(loss)
         optimizer.step()
-    flat = [masters.rows, masters.corrections, masters.low, replicas.grads, replicas.anchor]
-    flat += [*optimizer._buffers.values(), *optimizer._scales.values()]
-    answer.send((_held(peak=True) - before, sum(t.nbytes for t in flat if t is not None)))
+    flat = [t for part in workloads.streams_of(optimizer) for t in part]
+    answer.send((_held(peak=True) - before, sum(t.nbytes for t in flat)))
 
 
 def memory(task: str, copies: int, proposal: str) -> dict[str, Any]:

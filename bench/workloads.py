@@ -53,6 +53,23 @@ MODELS: dict[str, Callable[[], list[torch.Size]]] = {
 }
 
 
+def streams_of(optimizer: hta.CoupledOptimizer) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The flat buffers, [copies, N] or [N], that a step changes, those that it only reads, and those that it only writes."""
+    replicas, masters = optimizer.replicas, optimizer.replicas.masters
+    changed = [masters.rows, masters.corrections, *optimizer._buffers.values(), *optimizer._scales.values()]
+
+    def there(buffers: list[Tensor | None]) -> list[Tensor]:
+        return [t for t in buffers if t is not None]
+
+    return there(changed), there([replicas.grads, replicas.anchor]), there([masters.low])
+
+
+def moved(optimizer: hta.CoupledOptimizer) -> float:
+    """Bytes for each element of a copy that pass where every stream is read or written, and those that change both."""
+    changed, read, written = streams_of(optimizer)
+    return sum(t.nbytes for t in [*changed, *changed, *read, *written]) / optimizer.replicas.layout.numel
+
+
 @dataclass
 class Workload:
     """Our optimizer over a list of tensors, and the same memory as the rivals see it."""
@@ -72,22 +89,18 @@ class Workload:
 
     @property
     def streams(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The flat buffers that a step changes, and those that it only reads, each [copies, N] or [N]."""
-        replicas = self.optimizer.replicas
-        read = [replicas.grads] if replicas.anchor is None else [replicas.grads, replicas.anchor]
-        return [replicas.masters.rows, *self.optimizer._buffers.values()], read
+        """The flat buffers that a step changes, and those that it only reads."""
+        return streams_of(self.optimizer)[:2]
 
     @property
     def held(self) -> float:
         """Bytes of all streams for each element of a copy; those in low precision, written only, too."""
-        changed, read = self.streams
-        low = self.optimizer.replicas.low
-        return sum(t.nbytes for t in [*changed, *read, *([] if low is None else [low])]) / self._padded
+        return sum(t.nbytes for part in streams_of(self.optimizer) for t in part) / self._padded
 
     @property
     def moved(self) -> float:
-        """Bytes for each element of a copy that pass where every stream is read or written, and those that change both."""
-        return self.held + sum(t.nbytes for t in self.streams[0]) / self._padded
+        """As the function of this name."""
+        return moved(self.optimizer)
 
     @property
     def _padded(self) -> int:
