@@ -430,16 +430,21 @@ def resumed(rank, size, saved):
     return replicas.params.clone()
 
 
-def loaded(rank, size, state, steps):
-    """One process's state in each of two, and on from there."""
-    replicas = make(rank, size, partition="hashed", anchor="random")
-    replicas.load_state_dict(state)
+def go_on(replicas, rank, size, steps):
+    """So many steps of a process's copy."""
     optimizer = hta.CoupledOptimizer(replicas, PROPOSALS["SGD"], COUPLINGS["Homotopy"])
     x, y = data(steps, size)
     for step in range(steps):
         optimizer.zero_grad()
         replicas.backward(loss, (x[step, rank], y[step, rank]))
         optimizer.step()
+
+
+def loaded(rank, size, state, steps):
+    """One process's state in each of two, and on from there."""
+    replicas = make(rank, size, partition="hashed", anchor="random")
+    replicas.load_state_dict(state)
+    go_on(replicas, rank, size, steps)
     messages = []
     for change in (
         lambda name: name.replace("copies.1", "copies.2"),
@@ -473,12 +478,7 @@ def begun_anew(rank, size, state, steps):
     net = seeded(Smooth)
     net.load_state_dict(state)
     replicas = hta.Replicas(net, group=dist.group.WORLD)
-    optimizer = hta.CoupledOptimizer(replicas, PROPOSALS["SGD"], COUPLINGS["Homotopy"])
-    x, y = data(steps, size)
-    for step in range(steps):
-        optimizer.zero_grad()
-        replicas.backward(loss, (x[step, rank], y[step, rank]))
-        optimizer.step()
+    go_on(replicas, rank, size, steps)
     return replicas.params[0].clone(), replicas.merge().state_dict()
 
 

@@ -15,24 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from bad_command_lines import CASES
+from stress import TINY, flags
 
 from hta_fused import terminal
 from hta_fused.paper import cli as paper_cli
 from hta_fused.train import Settings, Trainer, cli, machine, report
 
-TINY = Settings(
-    dataset="synthetic",
-    method="hta",
-    width=0.125,
-    epochs=3,
-    L_stop=0.009,
-    batch_size=128,
-    seeds=1,
-    threads=1,
-    device="cpu",
-)
-FLAGS = ["--dataset", "synthetic", "--method", "hta", "--width", "0.125", "--epochs", "3", "--L-stop", "0.009"]
-FLAGS += ["--batch-size", "128", "--seeds", "1", "--threads", "1", "--device", "cpu"]
+FLAGS = flags(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +61,11 @@ def test_every_setting_is_a_flag_with_a_line_of_help():
         assert re.search(rf"^  {cli.FLAGS[field.name]}[ ,]", text, re.MULTILINE), field.name
     groups = ["method", "network", "data", "homotopy", "optimisation", "machine", "output"]
     assert re.findall(r"^(\w+):$", text, re.MULTILINE)[1:-1] == groups
-    assert "--method METHOD " in text
+    words = " ".join(text.split())
+    assert (
+        "--method METHOD what to train; ddp: SGD in processes that average gradients: hta, sgd, [compare], ddp "
+        in words
+    )
     assert "--batch-norm, --no-batch-norm " in text
     assert "--L-start L " in text
     assert sum(line.startswith("  --") for line in text.splitlines()) >= len(fields(Settings))
