@@ -51,7 +51,8 @@ template <> HTA_INLINE Half narrow<Half>(float x) {
 // How a row of float32 numbers may lie in memory. Below, V is a float or lanes of them, U as many unsigned 32-bit words;
 // a code is the low bits of a word. `noise` holds random bits, and rounds such that the mean of what is kept is x: what a
 // step changes by less than a last place is not lost but made now and then. kNearest rounds to nearest.
-// kernels/formats.py is this in PyTorch.
+// kernels/formats.py is this in PyTorch. Comparisons of lanes are never joined by & or nested: GCC 12 would take 512 bits
+// of them apart, element by element.
 
 enum Format : int32_t {
   kFloat32,
@@ -150,7 +151,8 @@ HTA_INLINE U encoded(V x, float factor, U noise) {
   const V size = from_bits<V>(bits_of(x) & 0x7fffffffu), y = size * factor + kLeast<kSigned>;
   const U code = (bits_of(y < kTop ? y : V{} + kTop) + (noise & ((1u << kCodeShift) - 1)) - bits_of(kLeast<kSigned>)) >> kCodeShift;
   if constexpr (kSigned) return (x < 0.f ? U{} - code : code) & 0xffu;
-  else return (x > 0.f) & (code == 0u) ? U{} + 1u : code;  // what is above 0 stays so, since a root of it divides
+  const U least = x > 0.f ? U{} + 1u : U{};  // what is above 0 stays so, since a root of it divides
+  return code > least ? code : least;
 }
 
 // code: its sign extended.

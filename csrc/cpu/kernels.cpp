@@ -19,6 +19,7 @@
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // lane groups never cross a function that is not inlined
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 header
 #define HTA_SHUFFLE(table, index) __builtin_shuffle(table, index)
 #define HTA_UNROLL _Pragma("GCC unroll 8")
 #else
@@ -47,11 +48,11 @@ constexpr int64_t kBlock = 16;  // tiles: 64 KiB of each buffer. Shorter runs th
 #define HTA_HAS_AVX 1
 #if defined(__clang__)
 #define HTA_SHUFFLES 0
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
 #else
 #define HTA_SHUFFLES 1
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,f16c")
 #endif
 #define HTA_ISA avx2
 #define HTA_BYTES 32
@@ -61,11 +62,11 @@ constexpr int64_t kBlock = 16;  // tiles: 64 KiB of each buffer. Shorter runs th
 #undef HTA_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,f16c,prefer-vector-width=512")
 #endif
 #define HTA_ISA avx512
 #define HTA_BYTES 64
@@ -95,7 +96,7 @@ Isa isa() {
     if (wants("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       return Isa::avx512;
-    if (!(wish && !std::strcmp(wish, "plain")) && __builtin_cpu_supports("avx2")) return Isa::avx2;
+    if (!(wish && !std::strcmp(wish, "plain")) && __builtin_cpu_supports("avx2")) return Isa::avx2;  // and so F16C
 #endif
     return Isa::plain;
   }();

@@ -2,10 +2,14 @@
 // walk.h, and packed again. Included by kernels.cpp after walk.h, once per instruction set.
 namespace hta::cpu::HTA_ISA {
 
-// kCount codes as words, and back; a signed type's sign is extended.
+// kCount codes as words, and back; a signed type's sign is extended. GCC 12 would move them one by one.
 template <class U, class Code> HTA_INLINE U load_codes(const Code* p) {
   if constexpr (sizeof(U) == 4) return U(*p);
-#if HTA_BYTES == 32  // where GCC 12 would move them one by one
+#if HTA_BYTES == 64
+  else if constexpr (sizeof(Code) == 2) return U(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  else if constexpr (Code(-1) < 0) return U(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  else return U(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif HTA_BYTES == 32
   else if constexpr (sizeof(Code) == 2) return U(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   else if constexpr (Code(-1) < 0) return U(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   else return U(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -19,7 +23,10 @@ template <class U, class Code> HTA_INLINE U load_codes(const Code* p) {
 
 template <class U, class Code> HTA_INLINE void store_codes(Code* p, U words) {  // below 2^16 or 2^8
   if constexpr (sizeof(U) == 4) *p = Code(words);
-#if HTA_BYTES == 32
+#if HTA_BYTES == 64
+  else if constexpr (sizeof(Code) == 2) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(__m512i(words)));
+  else _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(__m512i(words)));
+#elif HTA_BYTES == 32
   else {
     const __m256i w = __m256i(words);
     const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
@@ -34,28 +41,49 @@ template <class U, class Code> HTA_INLINE void store_codes(Code* p, U words) {  
 #endif
 }
 
+// The nearest float16s, and back.
+template <class V> HTA_INLINE void store_halves(uint16_t* p, V x) {
+  if constexpr (sizeof(V) == 4) *p = narrow<Half>(x).bits;
+#if HTA_BYTES == 64
+  else _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(__m512(x), _MM_FROUND_TO_NEAREST_INT));
+#elif HTA_BYTES == 32
+  else _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+  else for (int lane = 0; lane < Lanes<float>::kCount; ++lane) p[lane] = narrow<Half>(x[lane]).bits;
+#endif
+}
+
+template <class V> HTA_INLINE V load_halves(const uint16_t* p) {
+#if HTA_BYTES == 64
+  if constexpr (sizeof(V) != 4) return V(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif HTA_BYTES == 32
+  if constexpr (sizeof(V) != 4) return V(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#endif
+  using U = typename Words<V>::U;
+  return join_half<V>(load_codes<U>(p), U{});
+}
+
 template <class Code> HTA_INLINE const Code* at(const Row& row, int64_t start) { return static_cast<const Code*>(row.data) + start; }
 template <class Code> HTA_INLINE Code* at(Row& row, int64_t start) { return static_cast<Code*>(row.data) + start; }
-
-// The next tile's bytes, while this one is worked on.
-HTA_INLINE void prefetch_tile(const void* of_this, int64_t size) {
-  const char* const next = static_cast<const char*>(of_this) + kTile * size;
-  for (int64_t i = 0; i < kTile * size; i += 64) __builtin_prefetch(next + i);
-}
 
 // [start, start + count) of a row as float32. `start` is a multiple of kScaled.
 inline void unpack(const Row& row, int64_t start, int64_t count, float* out) {
   const auto* const corrections = static_cast<const int8_t*>(row.more) + start;
   const auto* const scales = static_cast<const float*>(row.more) + start / kScaled;
-  const auto all = [&](const auto* codes, int64_t from, int64_t upto, const auto& value) __attribute__((always_inline)) {
+  const auto values = [&](const auto* codes, int64_t from, int64_t upto, const auto& value) __attribute__((always_inline)) {
     each<float>(upto - from, [&](auto lanes, int64_t k) __attribute__((always_inline)) {
-      using V = decltype(lanes);
       const int64_t i = from + k;
-      store(out + i, V(value(lanes, load_codes<typename Words<V>::U>(codes + i), i)));
+      __builtin_prefetch(codes + i + kTile);  // the next tile's, spread over this one's work
+      store(out + i, value(lanes, i));
+    });
+  };
+  const auto all = [&](const auto* codes, int64_t from, int64_t upto, const auto& value) __attribute__((always_inline)) {
+    values(codes, from, upto, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+      using V = decltype(lanes);
+      return V(value(lanes, load_codes<typename Words<V>::U>(codes + i), i));
     });
   };
   const auto decode = [&](const auto* codes, auto is_signed) __attribute__((always_inline)) {
-    prefetch_tile(codes, 1);
     for (int64_t from = 0; from < count; from += kScaled) {
       const float scale = scales[from / kScaled];
       all(codes, from, std::min(from + kScaled, count), [&](auto v, auto code, int64_t) __attribute__((always_inline)) {
@@ -65,27 +93,23 @@ inline void unpack(const Row& row, int64_t start, int64_t count, float* out) {
   };
   switch (row.format) {
     case kBFloat16:
-      prefetch_tile(at<uint16_t>(row, start), 2);
       return all(at<uint16_t>(row, start), 0, count, [](auto v, auto code, int64_t) __attribute__((always_inline)) {
         return from_bits<decltype(v)>(code << 16);
       });
     case kSplitBFloat16:
-      prefetch_tile(at<uint16_t>(row, start), 2);
-      prefetch_tile(corrections, 1);
       return all(at<uint16_t>(row, start), 0, count, [&](auto v, auto code, int64_t i) __attribute__((always_inline)) {
+        __builtin_prefetch(corrections + i + kTile);
         return join_bfloat16<decltype(v)>(code, load_codes<decltype(code)>(corrections + i));
       });
     case kSigned8: return decode(at<int8_t>(row, start), std::true_type{});
     case kUnsigned8: return decode(at<uint8_t>(row, start), std::false_type{});
     case kHalf:
-      prefetch_tile(at<uint16_t>(row, start), 2);
-      return all(at<uint16_t>(row, start), 0, count, [](auto v, auto code, int64_t) __attribute__((always_inline)) {
-        return join_half<decltype(v)>(code, decltype(code){});
+      return values(at<uint16_t>(row, start), 0, count, [&](auto v, int64_t i) __attribute__((always_inline)) {
+        return load_halves<decltype(v)>(at<uint16_t>(row, start) + i);
       });
     case kSplitHalf:
-      prefetch_tile(at<uint16_t>(row, start), 2);
-      prefetch_tile(corrections, 1);
       return all(at<uint16_t>(row, start), 0, count, [&](auto v, auto code, int64_t i) __attribute__((always_inline)) {
+        __builtin_prefetch(corrections + i + kTile);
         return join_half<decltype(v)>(code, load_codes<decltype(code)>(corrections + i));
       });
     case kFloat32:
@@ -104,7 +128,16 @@ HTA_INLINE float largest(const float* x, int64_t count) {
     if constexpr (sizeof(bits) == 4) rest = std::max<uint32_t>(rest, bits);
     else most = bits > most ? bits : most;
   });
+#if HTA_BYTES == 64
+  rest = std::max<uint32_t>(rest, _mm512_reduce_max_epi32(__m512i(most)));
+#elif HTA_BYTES == 32
+  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(__m256i(most)), _mm256_extracti128_si256(__m256i(most), 1));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0b01001110));
+  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0b10110001));
+  rest = std::max<uint32_t>(rest, _mm_cvtsi128_si32(half));
+#else
   for (int lane = 0; lane < Lanes<float>::kCount; ++lane) rest = std::max<uint32_t>(rest, most[lane]);
+#endif
   return from_bits<float>(rest);
 }
 
@@ -132,9 +165,11 @@ inline void pack(Row row, int64_t start, int64_t count, const float* in, const u
     });
   };
   const auto encode = [&](auto* codes, auto is_signed) __attribute__((always_inline)) {
+    for (int64_t from = 0; from < count; from += kScaled)  // all of them first: each is a chain that others may overlap
+      scales[from / kScaled] = largest(in + from, std::min(kScaled, count - from));
     for (int64_t from = 0; from < count; from += kScaled) {
       const int64_t upto = std::min(from + kScaled, count);
-      const float scale = scales[from / kScaled] = largest(in + from, upto - from), factor = to_codes<is_signed.value>(scale);
+      const float factor = to_codes<is_signed.value>(scales[from / kScaled]);
       all(codes, from, upto, [&](auto x, int64_t i) __attribute__((always_inline)) {
         return encoded<is_signed.value>(x, factor, bits(x, i));
       });
@@ -159,8 +194,9 @@ inline void pack(Row row, int64_t start, int64_t count, const float* in, const u
     case kSigned8: return encode(at<int8_t>(row, start), std::true_type{});
     case kUnsigned8: return encode(at<uint8_t>(row, start), std::false_type{});
     case kHalf:
-      for (int64_t i = 0; i < count; ++i) at<Half>(row, start)[i] = narrow<Half>(in[i]);
-      return;
+      return each<float>(count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+        store_halves(at<uint16_t>(row, start) + i, load<decltype(lanes)>(in + i));
+      });
     case kFloat32:
       std::copy(in, in + count, at<float>(row, start));
   }
