@@ -20,7 +20,7 @@ from hta_fused.kernels.reference import MAX_COPIES
 from hta_fused.terminal import Parser, threads, whole_number
 
 from . import distributed as processes
-from . import formats, measure, plots, rivals, training, workloads
+from . import formats, instructions, measure, plots, rivals, training, workloads
 
 Result = dict[str, Any]
 
@@ -112,6 +112,8 @@ def in_formats(options: argparse.Namespace) -> Iterator[Result]:
         for m in counts:
             yield formats.steps(m, proposal, 20_000 if options.quick else measure.FLAT, options.rounds)
     if not options.quick:
+        if instructions.available():
+            yield formats.counts(counts[0], proposals)
         for task in formats.TASKS:
             for m in counts:
                 yield formats.memory(task, m, "SGD" if task == "vgg16" else "AdamW")

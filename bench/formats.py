@@ -18,14 +18,14 @@ from torch import Tensor, nn
 import hta_fused as hta
 from hta_fused.train.vgg import VGG
 
-from . import measure, rivals, workloads
+from . import instructions, measure, rivals, workloads
 
 FULL, LOW, SPLIT, SPLIT_16, SPLIT_8 = (
     "float32",
     "bfloat16 gradients and copies, float32 masters",
     "split masters",
-    "split masters, bfloat16 momentum and anchor",
-    "split masters, 8-bit momentum, bfloat16 anchor",
+    "split masters, bfloat16 states and anchor",
+    "split masters, 8-bit states, bfloat16 anchor",
 )
 FORMATS: dict[str, dict[str, Any]] = {
     FULL: {},
@@ -37,14 +37,25 @@ FORMATS: dict[str, dict[str, Any]] = {
 COMPILED = "torch.compile"
 
 
-def optimizer_of(model: nn.Module, copies: int, proposal: str, formats: dict[str, Any]) -> hta.CoupledOptimizer:
+def optimizer_of(
+    model: nn.Module, copies: int, proposal: str, formats: dict[str, Any], partition: Any = "auto"
+) -> hta.CoupledOptimizer:
     """Copies of a model in these formats, coupled by homotopy."""
     options = {k: v for k, v in formats.items() if k != "state_format"}
-    replicas = hta.Replicas(model, copies, **options)
+    replicas = hta.Replicas(model, copies, partition, **options)
     return hta.CoupledOptimizer(
         replicas, rivals.PROPOSALS[proposal], hta.Homotopy(0.01), skip_nonfinite=False,
         state_format=formats.get("state_format", "full"),
     )  # fmt: skip
+
+
+def flat(elements: int, copies: int, proposal: str, formats: dict[str, Any]) -> hta.CoupledOptimizer:
+    """The optimizer of one tensor, cut into a block for each copy, with gradients."""
+    model = nn.ParameterList([0.05 * torch.randn(copies, elements // copies)])
+    optimizer = optimizer_of(model, copies, proposal, formats, {"0": torch.arange(1, copies + 1).byte()[:, None]})
+    optimizer.replicas.grads.normal_(std=1e-3)
+    optimizer.step()
+    return optimizer
 
 
 def table(counts: list[int], proposals: list[str]) -> dict[str, Any]:
@@ -60,15 +71,26 @@ def table(counts: list[int], proposals: list[str]) -> dict[str, Any]:
     return {"title": "Bytes an element, by format, proposal and copies", "rows": rows}
 
 
+def counts(copies: int, proposals: list[str]) -> dict[str, Any]:
+    """Instructions that the CPU executes for each element of each copy, with AVX2 and with its widest registers."""
+    widest = hta.backends()["cpu"].removeprefix("available (").removesuffix(")")
+    rows = []
+    for name in FORMATS:
+        row: dict[str, Any] = {"format": name}
+        for proposal in proposals:
+            for isa in dict.fromkeys(("avx2" if widest == "avx512" else widest, widest)):
+                row[f"{proposal}, {isa}"] = f"{instructions.per_element(name, proposal, copies, isa):.2f}"
+        rows.append(row)
+    return {"title": f"Instructions for each element of each of {copies} copies", "rows": rows}
+
+
 def steps(copies: int, proposal: str, elements: int, rounds: int) -> dict[str, Any]:
     """The step in every format, and torch.compile of the same update over float32 and over float32 masters."""
     gc.collect()
     times: dict[str, Callable[[], Any]] = {}
     bytes_: dict[str, float] = {}
     for name, formats in FORMATS.items():
-        optimizer = optimizer_of(nn.ParameterList([0.05 * torch.randn(2, elements // 2)]), copies, proposal, formats)
-        optimizer.replicas.grads.normal_(std=1e-3)
-        optimizer.step()
+        optimizer = flat(elements, copies, proposal, formats)
         times[name], bytes_[name] = optimizer.step, workloads.moved(optimizer)
     for name, compute_dtype in ((FULL, None), (LOW, torch.bfloat16)):
         load = workloads.flat(elements, copies=copies, proposal=proposal, compute_dtype=compute_dtype)

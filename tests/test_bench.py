@@ -11,12 +11,12 @@ from processes import run
 import hta_fused as hta
 
 try:
-    from hta_fused_bench import cli, distributed, measure, rivals, workloads
+    from hta_fused_bench import cli, distributed, instructions, measure, rivals, workloads
 except ImportError:  # a checkout that was not installed, as `make gpu` has it
-    from bench import cli, distributed, measure, rivals, workloads
+    from bench import cli, distributed, instructions, measure, rivals, workloads
 
 
-@pytest.mark.parametrize("what", ["ops", "step", "scaling", "train", "copies", "distributed"])
+@pytest.mark.parametrize("what", ["ops", "step", "scaling", "train", "copies", "formats", "distributed"])
 def test_quick_mode_leaves_a_table_a_json_and_a_picture(tmp_path, capsys, what):
     cli.main([what, "--quick", "--rounds", "2", "--out", str(tmp_path)])
     assert "| ---" in capsys.readouterr().out
@@ -25,6 +25,13 @@ def test_quick_mode_leaves_a_table_a_json_and_a_picture(tmp_path, capsys, what):
     assert (tmp_path / f"{what}-quick.png").read_bytes()[:4] == b"\x89PNG"
     cli.main(["report", str(tmp_path)])
     assert f"![{what}-quick]({what}-quick.png)" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.skipif(not instructions.available(), reason="counts on Linux and x86-64")
+def test_instructions_are_counted():
+    if not hta.backends()["cpu"].startswith("available"):
+        pytest.skip("the extension was not built")
+    assert 2 < instructions.per_element("float32", "SGD", 1, "avx2") < 8
 
 
 def test_a_wrong_rival_is_caught(monkeypatch):

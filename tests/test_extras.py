@@ -111,7 +111,10 @@ def test_what_is_missing_is_named_with_its_extra(module, extra, call, monkeypatc
 
 def test_many_starts_are_tracked_without_scipy(monkeypatch):
     hide(monkeypatch, "scipy")
-    assert hta.path.track_many(lambda x: x.square().sum(-1), torch.tensor([[5.0, 0.0]]), Ls=[1.0, 0.1]).x.shape == (1, 2)
+    assert hta.path.track_many(lambda x: x.square().sum(-1), torch.tensor([[5.0, 0.0]]), Ls=[1.0, 0.1]).x.shape == (
+        1,
+        2,
+    )
 
 
 def test_an_error_inside_an_optional_package_is_its_own():
