@@ -111,12 +111,14 @@ def in_formats(options: argparse.Namespace) -> Iterator[Result]:
     for proposal in proposals:
         for m in counts:
             yield formats.steps(m, proposal, 20_000 if options.quick else measure.FLAT, options.rounds)
-    if not options.quick:
-        if instructions.available():
-            yield formats.counts(counts[0], proposals)
-        for task in formats.TASKS:
-            for m in counts:
-                yield formats.memory(task, m, "SGD" if task == "vgg16" else "AdamW")
+    if instructions.available() and not options.quick:
+        yield formats.counts(counts[0], proposals)
+
+
+def memory(options: argparse.Namespace) -> Iterator[Result]:
+    for task in list(formats.TASKS)[: 1 if options.quick else None]:
+        for m in options.copies or ([2] if options.quick else [2, 4]):
+            yield formats.memory(task, m, "SGD" if task == "vgg16" else "AdamW")
 
 
 def report(folder: Path) -> str:
@@ -147,6 +149,8 @@ def draw(what: str, results: list[Result], path: Path, caption: str) -> None:
             plots.scaling(results, partial, caption)
         elif what == "ops":
             plots.roofline(results[0], partial, caption)
+        elif what == "memory":
+            plots.memory(results, partial, caption)
         elif what == "distributed":
             plots.distributed(results, partial, caption)
         else:
@@ -160,7 +164,8 @@ WHAT: dict[str, tuple[Callable[[argparse.Namespace], Iterator[Result]], str]] = 
     "copies": (copies, "one flat buffer: one to eight copies, kinds of labels"),
     "ops": (ops, "one flat buffer: the roofline, anchors, sizes, the penalty"),
     "scaling": (scaling, "time against size, number of tensors, threads"),
-    "formats": (in_formats, "split masters, bfloat16 and 8-bit states: bytes, time, memory"),
+    "formats": (in_formats, "split masters, bfloat16 and 8-bit states: bytes, time, instructions"),
+    "memory": (memory, "the most that a training step holds, in each of these formats"),
     "train": (train, "a training step of HTA, of SGD, and of the usual script"),
     "concurrent": (concurrent, "a step's copies in turn, side by side, as one network"),
     "distributed": (distributed, "one copy for each process, beside DDP, local SGD and DiLoCo"),
@@ -188,11 +193,12 @@ def parser() -> Parser:
         command = commands.add_parser(name, help=about, description=f"hta-bench {name}: {about}.")
         if name == "step":
             _add_names(command, "--models", list(workloads.MODELS))
-        if name in ("copies", "formats"):
+        if name in ("copies", "formats", "memory"):
             command.add_argument(
                 "--copies", nargs="+", type=whole_number(1, MAX_COPIES), metavar="M",
                 help="[1 2 3 4 8; --quick: 1 2]" if name == "copies" else "[2 4; --quick: 2]",
             )  # fmt: skip
+        if name in ("copies", "formats"):
             _add_names(command, "--proposals", list(rivals.PROPOSALS))
         if name == "copies":
             command.add_argument("--against", type=Path, metavar="CHECKOUT", help="built, of another version")

@@ -547,6 +547,7 @@ def penalty(elements: int, rounds: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------- tables
 
 
+PEAK = "peak of a step, MB"  # a column
 AXES = ("sizes", "counts", "threads", "copies", "Gbit/s")
 
 

@@ -9,12 +9,15 @@ from hta_fused.pictures import RIVAL as COLOR_RIVAL
 from hta_fused.pictures import THEIRS as COLOR_THEIRS
 from hta_fused.pictures import name_ends
 
-from .measure import AXES, MIX, ROOFS
+from .measure import AXES, MIX, PEAK, ROOFS
 
 
 def _color(name: str) -> str:
     """Ours and what is measured against it; see hta_fused/pictures.py."""
-    ours = name.startswith(("CoupledOptimizer", "HomotopySGD", "HTA", "ours")) or "side by side" in name
+    ours = (
+        name.startswith(("CoupledOptimizer", "HomotopySGD", "HTA", "ours", "float32", "bfloat16", "split"))
+        or "side by side" in name
+    )
     return COLOR_OURS if ours else COLOR_RIVAL if name == "DDP" else COLOR_THEIRS
 
 
@@ -62,6 +65,16 @@ def ratios(results: list[dict[str, Any]], path: Path, caption: str) -> None:
         _bars(axis, names, [times[n][0] / base for n in names], "%.2f×")
         axis.set_title(result["title"], fontsize=10, loc="right")
         axis.set_xlabel(f"time over {result['base']}")
+    _save(figure, path, caption)
+
+
+def memory(results: list[dict[str, Any]], path: Path, caption: str) -> None:
+    """The peak of a training step in each format, a panel for each network."""
+    figure, axes = _panels(len(results), 7, 3.0, columns=2)
+    for axis, result in zip(axes, results, strict=True):
+        _bars(axis, [row["format"] for row in result["rows"]], [float(row[PEAK]) for row in result["rows"]], "%.0f")
+        axis.set_title(result["title"], fontsize=10, loc="right")
+        axis.set_xlabel(PEAK)
     _save(figure, path, caption)
 
 

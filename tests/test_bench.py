@@ -16,7 +16,7 @@ except ImportError:  # a checkout that was not installed, as `make gpu` has it
     from bench import cli, distributed, instructions, measure, rivals, workloads
 
 
-@pytest.mark.parametrize("what", ["ops", "step", "scaling", "train", "copies", "formats", "distributed"])
+@pytest.mark.parametrize("what", ["ops", "step", "scaling", "train", "copies", "formats", "memory", "distributed"])
 def test_quick_mode_leaves_a_table_a_json_and_a_picture(tmp_path, capsys, what):
     cli.main([what, "--quick", "--rounds", "2", "--out", str(tmp_path)])
     assert "| ---" in capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_a_line_fits_a_line():
         (["ops", "--out", __file__], f"--out {__file__} is a file, not a folder"),
         (
             ["opps"],
-            "WHAT must be one of step, copies, ops, scaling, formats, train, concurrent, distributed, report, got 'opps'",
+            "WHAT must be one of step, copies, ops, scaling, formats, memory, train, concurrent, distributed, report, got 'opps'",
         ),
     ],
 )
