@@ -217,10 +217,15 @@ class Room {
   size_t used_ = 0;
 };
 
+[[gnu::noinline]] inline Room& own_room() {  // as walk.h's own_tiles
+  static thread_local Room room;
+  return room;
+}
+
 using Loop = void (*)(const StepArgs<float>&, int64_t, int64_t, double[3]);
 
 inline void packed_range(const StepArgs<Packed>& args, Loop loop, int64_t begin, int64_t end, double sums[3]) {
-  static thread_local Room room;
+  Room& room = own_room();
   alignas(64) uint32_t noise[kTile];
   StepArgs<float> plain;
   static_assert(sizeof(plain) == sizeof(args));

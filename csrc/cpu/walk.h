@@ -123,6 +123,13 @@ template <class T> struct Tile {
   const T* rule(int32_t of_label, int32_t j) const { return numbers + kNumbers + (of_label * (m + 1) + j) * kRule; }
 };
 
+// This thread's room for a block of tiles. Not inlined: its address would be asked for anew at each look at a tile, by a
+// call that all vector registers must be saved for.
+template <class T> [[gnu::noinline]] Tile<T>* own_tiles() {
+  static thread_local Tile<T> tiles[kBlock];
+  return tiles;
+}
+
 // One row's rule over a tile: the same for all elements, or each element's own, looked up by its label.
 template <class T> struct Uniform {
   Rule<T> rule;
@@ -343,7 +350,7 @@ HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, cons
 template <class P, bool kStates, int kCopies, class T>
 void step_range_together(const StepArgs<T>& args, int64_t begin, int64_t end, double sums[3]) {
   const T scale = T(1.0 / args.grad_scale.get(1));
-  static thread_local Tile<T> tile;
+  Tile<T>& tile = own_tiles<T>()[0];
   Sum<T> anchored, pairs, poison;
   Uniform<T> uniform[kCopies + 1];
   Mixed<T, kCopies + 1> mixed[kCopies + 1];
@@ -407,7 +414,7 @@ HTA_INLINE void step_alone(const StepArgs<T>& args, const Tile<T>& tile, const R
 template <class P, bool kStates, bool kProposes, class T>
 void step_range_alone(const StepArgs<T>& args, int64_t begin, int64_t end, double sums[3]) {
   const T scale = T(1.0 / args.grad_scale.get(1));
-  static thread_local Tile<T> tile;
+  Tile<T>& tile = own_tiles<T>()[0];
   Sum<T> anchored, poison;
   for (int64_t start = begin; start < end; start += tile.count) {
     tile.open(args.pattern, args.rules, 1, args.blocks, args.anchor, start, end);
@@ -431,7 +438,7 @@ void step_range(const StepArgs<T>& args, int64_t begin, int64_t end, double sums
   const int32_t m = args.m;
   const T scale = T(1.0 / args.grad_scale.get(1));
   sums[0] = sums[1] = sums[2] = 0;
-  static thread_local Tile<T> block[kBlock];
+  Tile<T>* const block = own_tiles<T>();
   for (int64_t start = begin; start < end; start += kBlock * kTile) {
     Sum<T> poison;
     const int64_t tiles = std::min<int64_t>(kBlock, (end - start + kTile - 1) / kTile);
