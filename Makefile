@@ -27,7 +27,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(READY)
-	for what in ops step copies formats scaling train concurrent distributed; do $(BIN)/hta-bench $$what --out $(RESULTS) $(ARGS) || exit 1; done
+	for what in ops step copies formats memory scaling train concurrent distributed; do $(BIN)/hta-bench $$what --out $(RESULTS) $(ARGS) || exit 1; done
 	$(BIN)/hta-bench report $(RESULTS)
 
 stress: $(READY)

@@ -1,7 +1,6 @@
-"""Instructions that a step executes for each element, counted one by one as a debugger counts them; Linux on x86-64.
+"""Instructions that a call executes, counted one by one as a debugger counts them; Linux on x86-64.
 
-Where a processor's own counters are out of reach, in a virtual machine for instance, this is exact all the same. What a
-call costs whatever its size drops out: two sizes are counted, and their difference divided.
+Where a processor's own counters are out of reach, in a virtual machine for instance, this is exact all the same.
 """
 
 import ctypes
@@ -10,77 +9,53 @@ import platform
 import signal
 import subprocess
 import sys
-from functools import partial
-from typing import Any
-
-import torch
-
-from hta_fused.kernels import BACKENDS
-from hta_fused.kernels.formats import TILE
+from collections.abc import Callable, Sequence
 
 _TRACE_ME, _CONTINUE, _SINGLE_STEP = 0, 7, 9  # ptrace's requests
-SMALL, LARGE = 4, 12  # tiles
 
 
 def available() -> bool:
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
-def per_element(name: str, proposal: str, copies: int, isa: str) -> float:
-    """Instructions for each element of each copy, in a format of formats.FORMATS, on a thread of its own.
+def counted(code: str, calls: int, **environment: str) -> list[int]:
+    """How many instructions each of so many calls executes, in a process of one thread.
 
     Args:
-        isa: HTA_ISA's "plain", "avx2" or "avx512".
+        code: Python that ends in `traced(...)` of these calls.
 
     Raises:
         RuntimeError: a process may not be traced here.
     """
-    code = f"from {__package__} import instructions; instructions.steps({name!r}, {proposal!r}, {copies})"
-    environment = {**os.environ, "HTA_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    small, large = _counted(process.pid)
-    return (large - small) / ((LARGE - SMALL) * TILE * copies)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"} | environment,
+    )
+    ptrace = ctypes.CDLL(None).ptrace
+    ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    counts = [0] * calls
+    for number in range(calls):
+        _stopped(process.pid)
+        while True:
+            ptrace(_SINGLE_STEP, process.pid, None, None)
+            if _stopped(process.pid) == signal.SIGSTOP:
+                break
+            counts[number] += 1
+        ptrace(_CONTINUE, process.pid, None, None)
+    process.wait()
+    return counts
 
 
-def steps(name: str, proposal: str, copies: int) -> None:
-    """In the traced process: a step over few elements, and one over many, each between two stops."""
-    from .formats import FORMATS, flat
-
-    torch.set_num_threads(1)
-    ops, calls = BACKENDS["cpu"].ops, []
-    op = ops.step_
-
-    def noted(*arguments: Any) -> None:  # the op alone: what Python does around it takes longer than to count
-        op(*arguments)
-        calls.append(partial(op, *arguments))
-
-    ops.step_ = noted
-    for tiles in (SMALL, LARGE):
-        flat(tiles * TILE, copies, proposal, FORMATS[name])
+def traced(calls: Sequence[Callable[[], object]]) -> None:
+    """In the process that is counted: each call between two stops, and all of them once before, for what a first call looks up."""
     for call in calls:
-        call()  # what a first call looks up
+        call()
     if ctypes.CDLL(None).ptrace(_TRACE_ME, 0, None, None):
         raise RuntimeError("this process may not be traced")
     for call in calls:
         os.kill(os.getpid(), signal.SIGSTOP)
         call()
         os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def _counted(pid: int) -> list[int]:
-    """Single steps from each odd stop of a process to the even one after it."""
-    ptrace, counts = ctypes.CDLL(None).ptrace, [0, 0]
-    ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
-    for number in range(2):
-        _stopped(pid)
-        while True:
-            ptrace(_SINGLE_STEP, pid, None, None)
-            if _stopped(pid) == signal.SIGSTOP:
-                break
-            counts[number] += 1
-        ptrace(_CONTINUE, pid, None, None)
-    os.waitpid(pid, 0)
-    return counts
 
 
 def _stopped(pid: int) -> int:
