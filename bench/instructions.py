@@ -15,7 +15,11 @@ _TRACE_ME, _CONTINUE, _SINGLE_STEP = 0, 7, 9  # ptrace's requests
 
 
 def available() -> bool:
-    return sys.platform == "linux" and platform.machine() == "x86_64"
+    """Whether this is Linux on x86-64, where a process may be traced."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    code = f"import ctypes, sys; sys.exit(ctypes.CDLL(None).ptrace({_TRACE_ME}, 0, None, None) != 0)"
+    return subprocess.run([sys.executable, "-S", "-c", code]).returncode == 0
 
 
 def counted(code: str, calls: int, **environment: str) -> list[int]:
@@ -25,7 +29,7 @@ def counted(code: str, calls: int, **environment: str) -> list[int]:
         code: Python that ends in `traced(...)` of these calls.
 
     Raises:
-        RuntimeError: a process may not be traced here.
+        RuntimeError: the process ended before that.
     """
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -50,8 +54,7 @@ def traced(calls: Sequence[Callable[[], object]]) -> None:
     """In the process that is counted: each call between two stops, and all of them once before, for what a first call looks up."""
     for call in calls:
         call()
-    if ctypes.CDLL(None).ptrace(_TRACE_ME, 0, None, None):
-        raise RuntimeError("this process may not be traced")
+    ctypes.CDLL(None).ptrace(_TRACE_ME, 0, None, None)
     for call in calls:
         os.kill(os.getpid(), signal.SIGSTOP)
         call()
@@ -62,5 +65,5 @@ def _stopped(pid: int) -> int:
     """The signal by which a process stops next."""
     _, status = os.waitpid(pid, 0)
     if not os.WIFSTOPPED(status):
-        raise RuntimeError("the process that was to be counted has ended; may processes be traced here?")
+        raise RuntimeError("the process whose instructions are counted has ended")
     return os.WSTOPSIG(status)

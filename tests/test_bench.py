@@ -27,15 +27,11 @@ def test_quick_mode_leaves_a_table_a_json_and_a_picture(tmp_path, capsys, what):
     assert f"![{what}-quick]({what}-quick.png)" in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.skipif(not instructions.available(), reason="counts on Linux and x86-64")
+@pytest.mark.skipif(not instructions.available(), reason="no process may be traced here")
 def test_instructions_are_counted():
     if not hta.backends()["cpu"].startswith("available"):
         pytest.skip("the extension was not built")
-    try:
-        count = formats.per_element("float32", "SGD", 1, "avx2")
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    assert 2 < count < 8
+    assert 2 < formats.per_element("float32", "SGD", 1, "avx2") < 8
 
 
 def test_a_wrong_rival_is_caught(monkeypatch):
