@@ -165,7 +165,7 @@ WHAT: dict[str, tuple[Callable[[argparse.Namespace], Iterator[Result]], str]] = 
     "ops": (ops, "one flat buffer: the roofline, anchors, sizes, the penalty"),
     "scaling": (scaling, "time against size, number of tensors, threads"),
     "formats": (in_formats, "split masters, bfloat16 and 8-bit states: bytes, time, instructions"),
-    "memory": (memory, "the most that a training step holds, in each of these formats"),
+    "memory": (memory, "the most memory that a training step holds, in each format"),
     "train": (train, "a training step of HTA, of SGD, and of the usual script"),
     "concurrent": (concurrent, "a step's copies in turn, side by side, as one network"),
     "distributed": (distributed, "one copy for each process, beside DDP, local SGD and DiLoCo"),
@@ -207,9 +207,11 @@ def parser() -> Parser:
             command.add_argument(
                 "--processes", nargs="+", type=whole_number(2, MAX_COPIES), metavar="M", help="[2 4; --quick: 2]"
             )
-        command.add_argument(
-            "--rounds", type=whole_number(2), metavar="ROUNDS", help=f"interleaved [{_rounds(name)}; 5 with --quick]"
-        )
+        if name != "memory":
+            command.add_argument(
+                "--rounds", type=whole_number(2), metavar="ROUNDS",
+                help=f"interleaved [{_rounds(name)}; 5 with --quick]",
+            )  # fmt: skip
         choice = "of each process [1]" if several else "0: torch's choice [0]"
         command.add_argument("--threads", type=threads, metavar="THREADS", default=0, help=choice)
         command.add_argument("--quick", action="store_true", help="tiny sizes: that everything runs")
@@ -248,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.out:
             terminal.need("bench")
             terminal.check_folder("--out", options.out)
-        options.rounds = options.rounds or (5 if options.quick else _rounds(options.what))
+        options.rounds = getattr(options, "rounds", None) or (5 if options.quick else _rounds(options.what))
         if options.threads:
             torch.set_num_threads(options.threads)
         machine = measure.machine()

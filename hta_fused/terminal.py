@@ -44,6 +44,8 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, word: str) -> str:
         flags = {flag.lower(): flag for flag in self._flags()}
+        if word in flags.values():
+            return f"{word} is another command's flag: see --help"
         like = difflib.get_close_matches(word.lower().replace("_", "-"), flags, 1)
         kind = "flag" if word.startswith("-") else "argument"
         return f"unknown {kind} {word}: " + (f"did you mean {flags[like[0]]}?" if like else "see --help")

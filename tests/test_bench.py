@@ -18,7 +18,8 @@ except ImportError:  # a checkout that was not installed, as `make gpu` has it
 
 @pytest.mark.parametrize("what", ["ops", "step", "scaling", "train", "copies", "formats", "memory", "distributed"])
 def test_quick_mode_leaves_a_table_a_json_and_a_picture(tmp_path, capsys, what):
-    cli.main([what, "--quick", "--rounds", "2", "--out", str(tmp_path)])
+    rounds = [] if what == "memory" else ["--rounds", "2"]
+    cli.main([what, "--quick", *rounds, "--out", str(tmp_path)])
     assert "| ---" in capsys.readouterr().out
     content = json.loads((tmp_path / f"{what}-quick.json").read_text())
     assert {"processor", "threads", "torch", "date"} <= set(content["machine"])
@@ -136,6 +137,7 @@ def test_a_line_fits_a_line():
         (["distributed", "--processes", "1"], "--processes must be from 2 to 32, got 1"),
         (["distributed", "--processes", "two"], "--processes must be a whole number, got 'two'"),
         (["ops", "--round", "3"], "unknown flag --round: did you mean --rounds?"),
+        (["memory", "--proposals", "SGD"], "--proposals is another command's flag: see --help"),
         (["ops", "--out", __file__], f"--out {__file__} is a file, not a folder"),
         (
             ["opps"],
