@@ -5,14 +5,13 @@ namespace hta::cpu::HTA_ISA {
 // kCount codes as words, and back; a signed type's sign is extended. GCC 12 would move them one by one.
 template <class U, class Code> HTA_INLINE U load_codes(const Code* p) {
   if constexpr (sizeof(U) == 4) return U(*p);
+  else if constexpr (std::is_same_v<Code, uint8_t>) return U(widen<float>(p));
 #if HTA_BYTES == 64
   else if constexpr (sizeof(Code) == 2) return U(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-  else if constexpr (Code(-1) < 0) return U(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  else return U(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  else return U(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif HTA_BYTES == 32
   else if constexpr (sizeof(Code) == 2) return U(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  else if constexpr (Code(-1) < 0) return U(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-  else return U(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  else return U(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #else
   else {
     typedef Code Codes __attribute__((vector_size(Lanes<float>::kCount * sizeof(Code)), aligned(1), may_alias));

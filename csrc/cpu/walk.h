@@ -32,10 +32,13 @@ template <class... T> HTA_INLINE void prefetch(int64_t i, const T*... streams) {
   (__builtin_prefetch(reinterpret_cast<const char*>(streams + i) + kAhead), ...);
 }
 
-// kCount bytes as integers.
+// kCount bytes as integers. GCC 12 would move them one by one, or in halves.
 template <class T> HTA_INLINE typename Lanes<T>::Index widen(const uint8_t* p) {
   using Index = typename Lanes<T>::Index;
-#if HTA_BYTES == 32  // where GCC 12 would move them one by one
+#if HTA_BYTES == 64
+  if constexpr (sizeof(T) == 4) return Index(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return Index(_mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif HTA_BYTES == 32
   if constexpr (sizeof(T) == 4) return Index(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   int32_t four;
   __builtin_memcpy(&four, p, 4);
