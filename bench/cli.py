@@ -20,7 +20,7 @@ from hta_fused.kernels.reference import MAX_COPIES
 from hta_fused.terminal import Parser, threads, whole_number
 
 from . import distributed as processes
-from . import formats, instructions, measure, plots, rivals, training, workloads
+from . import formats, measure, plots, rivals, training, workloads
 
 Result = dict[str, Any]
 
@@ -111,7 +111,7 @@ def in_formats(options: argparse.Namespace) -> Iterator[Result]:
     for proposal in proposals:
         for m in counts:
             yield formats.steps(m, proposal, 20_000 if options.quick else measure.FLAT, options.rounds)
-    if instructions.available() and not options.quick:
+    if not options.quick and formats.countable():
         yield formats.counts(counts[0], proposals)
 
 

@@ -74,6 +74,11 @@ def table(counts: list[int], proposals: list[str]) -> dict[str, Any]:
     return {"title": "Bytes an element, by format, proposal and copies", "rows": rows}
 
 
+def countable() -> bool:
+    """Whether there is an extension whose instructions can be counted."""
+    return hta.backends()["cpu"].startswith("available") and instructions.available()
+
+
 def per_element(name: str, proposal: str, copies: int, isa: str) -> float:
     """Instructions of a step for each element of each copy, by one of HTA_ISA's instruction sets.
 
