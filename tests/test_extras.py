@@ -11,7 +11,7 @@ import torch
 import hta_fused as hta
 from hta_fused import extras
 from hta_fused.paper import cli as reproduce
-from hta_fused.paper import convergence, report, smalldata
+from hta_fused.paper import convergence, report, runs
 from hta_fused.train import cli, data
 from hta_fused.train.report import curves
 
@@ -92,7 +92,7 @@ hta.HomotopySGD(replicas, 0.1, 0.9).step()
     ("module", "extra", "call"),
     [
         ("scipy", "path", lambda: hta.path.track(hta.problems.chow, x0=[5.0, 0.0], Ls=[1.0, 0.1])),
-        ("scipy", "paper", lambda: smalldata.interval([1.0, 2.0])),
+        ("scipy", "paper", lambda: runs.interval([1.0, 2.0])),
         ("sklearn", "paper", convergence.cancer),
         ("sklearn", "train", data.digits),
         ("tqdm", "train", lambda: data.fetch("file:///nowhere", Path("nowhere"), "")),

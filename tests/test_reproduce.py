@@ -107,10 +107,10 @@ def test_smalldata_pairs_its_seeds(tmp_path, capsys):
 
 
 def test_an_interval_is_students():
-    mean, half = smalldata.interval([1.0, 2.0, 4.0])
+    mean, half = runs.interval([1.0, 2.0, 4.0])
     assert mean == pytest.approx(7 / 3)
     assert half == pytest.approx(4.302653 * math.sqrt(7 / 3 / 3), rel=1e-6)
-    assert math.isnan(smalldata.interval([1.0])[1])
+    assert math.isnan(runs.interval([1.0])[1])
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from ..pictures import name_ends, of_method
 from ..train.machine import fastest_precision
 from ..train.settings import PAPER, Settings
 from .report import Row, markdown, pyplot, save_csv, save_figure, say
-from .runs import Curve, Scale, curves_csv, settings_in_words, spread, train
+from .runs import Curve, Scale, curves_csv, interval, settings_in_words, spread, train
 
 SGD, EQUAL_WORK, HTA = "SGD", "SGD, equal work", "HTA"
+FLOAT32 = "float32"
 
 _QUICK = Settings(dataset="synthetic", train_images=256, width=0.0625, epochs=3, L_step=0.005, device="cpu")
 _CPU = Settings(
@@ -117,9 +118,10 @@ def dropout(out: Path, scale: Scale) -> None:
 
 
 def formats(out: Path, scale: Scale) -> None:
-    """HTA whose masters, momentum and anchor are kept in fewer bytes, beside float32's; computed in float32 all the same."""
+    """HTA whose masters, momentum and anchor are kept in fewer bytes, beside float32's from the same seeds; computed in float32
+    all the same."""
     kept: dict[str, dict[str, Any]] = {
-        "float32": {},
+        FLOAT32: {},
         "bfloat16 momentum, anchor": {"state_format": "bfloat16", "anchor_format": "bfloat16"},
         "split masters": {"master_format": "split"},
         "split, bfloat16": {"master_format": "split", "state_format": "bfloat16", "anchor_format": "bfloat16"},
@@ -134,8 +136,17 @@ def formats(out: Path, scale: Scale) -> None:
 
     curves = trained(out, scale, in_all(few))
     if scale.name != "quick":  # these take seconds, and differ more
-        curves |= trained(out, replace(scale, seeds=max(scale.seeds, 10)), in_all(digits))
-    leave(out, "formats", curves, {})
+        curves |= trained(out, replace(scale, seeds=max(scale.seeds, 30)), in_all(digits))
+    rows: list[Row] = []
+    for (dataset, name), curve in curves.items():
+        base = curves[dataset, FLOAT32].last()
+        difference, half = interval([b - a for a, b in zip(curve.last(), base, strict=True)])
+        rows.append(
+            {"dataset": dataset, "seeds": len(base), "method": name, "work": curve.work}
+            | {"error, %": spread([100 - accuracy for accuracy in curve.last()])}
+            | {f"minus {FLOAT32}": f"{difference:.2f}", "± 95 %": f"{half:.2f}"}
+        )
+    write(out, "formats", rows, curves)
 
 
 def leave(

@@ -3,6 +3,7 @@
 Imports the trainer; knows nothing of the experiments.
 """
 
+import math
 import multiprocessing
 import os
 import statistics
@@ -11,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..extras import needs
 from ..train.comparison import Trainer
 from ..train.folder import Folder
 from ..train.settings import Settings
@@ -118,6 +120,19 @@ def _slug(name: str) -> str:
 def spread(values: list[float]) -> str:
     """Mean and deviation."""
     return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def error(values: list[float]) -> float:
+    """The standard error of a mean."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of Student's 95 % interval."""
+    with needs("paper"):
+        from scipy.stats import t
+
+    return statistics.fmean(differences), float(t.ppf(0.975, len(differences) - 1)) * error(differences)
 
 
 def settings_in_words(scale: Scale) -> str:

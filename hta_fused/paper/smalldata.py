@@ -8,19 +8,17 @@ batches of their own, coupled tightly, then loosely, then merged. The learning r
 chosen on training images left out, from other seeds; all others take SGD's.
 """
 
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..extras import needs
 from ..pictures import of_method
 from ..train.machine import fastest_precision
 from ..train.settings import Settings
 from .report import Row, markdown, pyplot, save_csv, save_figure, say
-from .runs import Curve, Scale, curves_csv, settings_in_words, train
+from .runs import Curve, Scale, curves_csv, error, interval, settings_in_words, train
 
 BASE, EMA, SWA, PARALLEL = "SGD, equal work", "SGD + EMA", "SGD + SWA", "data-parallel SGD"
 LRS = (0.025, 0.05, 0.1)
@@ -109,19 +107,6 @@ def table(curves: Mapping[str, Curve]) -> list[Row]:
             | {"minus equal work": difference, "± 95 %": half}
         )
     return rows
-
-
-def error(values: list[float]) -> float:
-    """The standard error of a mean."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def interval(differences: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of Student's 95 % interval."""
-    with needs("paper"):
-        from scipy.stats import t
-
-    return statistics.fmean(differences), float(t.ppf(0.975, len(differences) - 1)) * error(differences)
 
 
 def figure(rows: list[Row]) -> Any:
