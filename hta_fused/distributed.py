@@ -204,7 +204,7 @@ class StepAcross:
         found_inf: Tensor | None, skip_nonfinite: bool, stats: Tensor, kernel: int,
     ) -> None:  # fmt: skip
         """The step of this process's copy, [N] buffers; the other arguments are the step op's. `stats`: of this copy, with no
-        distances between copies, and the skipped step counted. Where copies meet, found_inf says whether all skip."""
+        distances between copies. Where copies meet, found_inf says whether all skip."""
         gathers, labels_matter = self._gathers, not self._alike
         patterns = (codes, labels, seed) if labels_matter else (self._groups_of(codes), None, None)
         given, low_rows, centre_sum = grads, low, None
@@ -253,22 +253,27 @@ class StepAcross:
         if self._sums is None or self._sums.dtype != params.dtype or self._sums.device != params.device:
             self._sums, self._known = torch.zeros_like(params), None
         known = self._known
-        keep = params.new_ones(1) if found_inf is None else (found_inf.reshape(1) == 0).to(params)
         pieces = self.processes.pieces(len(params), seed is not None)  # a hash of an element's number knows no pieces
-        sending = []
+        sending: list[Sending] = []
+        ignored = torch.zeros_like(stats)
         for part in pieces:
             mine = self._sums[part]
-            run(part, PROPOSE, torch.zeros_like(stats), mine)
+            run(part, PROPOSE, ignored, mine)
             if known is None:
                 sending.append(self.processes.add_up(mine))
             else:
+                keep = params.new_ones(1) if found_inf is None else (found_inf.reshape(1) == 0).to(params)
                 sending.append(SendingChange(self.processes, mine, known[part], keep))
-        of_pieces = stats.new_zeros(len(pieces), 4)
+        # The few torch calls that are left out for a single piece cost more than its share: their code is cold.
+        of_pieces = stats.new_zeros(len(pieces), 4) if len(pieces) > 1 else [stats]
         for part, sent, of_piece in zip(pieces, sending, of_pieces, strict=True):
             run(part, SHARE, of_piece, sent.wait())
+        if isinstance(of_pieces, Tensor):
+            skipped = of_pieces[0, 3]
+            stats[:2] = torch.where(skipped > 0, stats[:2], of_pieces[:, :2].sum(0))
+            stats[2:] = torch.stack([of_pieces[:, 2].amax(), stats[3] + skipped])
         if known is None and self.processes.halves(params):
             self._known = self._sums.clone()
-        stats.copy_(torch.cat([of_pieces[:, :2].sum(0), of_pieces[:, 2:].amax(0)]))
 
     def _explicit_grads(
         self, params: Tensor, grads: Tensor, anchor: Tensor | None, moves_anchor: bool, codes: Tensor, labels: Tensor | None,

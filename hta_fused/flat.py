@@ -138,10 +138,8 @@ class FlatCopies(nn.Module):
     def collect_grads_unchecked(self) -> None:
         """As `collect_grads`, for those who have just called `check`."""
         views_of_others, others, moved = [], [], []
-        reached = [
-            before != sum(map(_VERSION, views))
-            for before, views in zip(self._grad_versions, self._grad_views, strict=True)
-        ]
+        versions = self._versions_of_grads()
+        reached = [before != now for before, now in zip(self._grad_versions, versions, strict=True)]
         for row, (parameters, views) in enumerate(zip(self.trained, self._grad_views, strict=True)):
             for parameter, view in zip(parameters, views, strict=True):
                 grad = parameter.grad
@@ -159,7 +157,7 @@ class FlatCopies(nn.Module):
                 parameter.grad = view
         if others:
             torch._foreach_copy_(views_of_others, others)
-        self._grad_versions = [sum(map(_VERSION, views)) for views in self._grad_views]
+        self._grad_versions = self._versions_of_grads() if moved else versions
         if any(reached) and not all(reached) and not self._warned:
             self._warned = True
             lone, trained = reached.index(False) + self.first, reached.index(True) + self.first
@@ -168,6 +166,10 @@ class FlatCopies(nn.Module):
                 "to train all copies use the Replicas themselves (their forward, loss or backward), not one copy",
                 stacklevel=3,
             )
+
+    def _versions_of_grads(self) -> list[int]:
+        """For each copy a number that grows as its gradients are written."""
+        return [sum(map(_VERSION, views)) for views in self._grad_views]
 
     # ---------------------------------------------------------------------------------------------------------- memory
 
@@ -189,7 +191,7 @@ class FlatCopies(nn.Module):
                 if masters is None:
                     self.masters.write(row, i, parameter)
                 self._lay(row, i, parameter.grad)
-        self._grad_versions = [sum(map(_VERSION, views)) for views in self._grad_views]
+        self._grad_versions = self._versions_of_grads()
         self._streams: list[torch.cuda.Stream] = []
         self._flat = [p for row in self.trained for p in row]
         self._addresses = [home.data_ptr() for row in self.masters.homes for home in row]

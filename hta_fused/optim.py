@@ -307,17 +307,12 @@ class CoupledOptimizer(FlatState):
         replicas, partition, low = self.replicas, self.replicas.partition, self.replicas.low
         # Where copies meet all of them must know whether one skips; by itself this one's kernel looks, in the same pass.
         found_inf = self._skips(True) if across.meets else getattr(self, "found_inf", None)
-        stats = torch.zeros_like(self._stats) if across.meets else self._stats
         across(
             replicas.params[0], replicas.grads[0], [buffer[0] for buffer in self._state_rows], None if low is None else low[0],
             replicas.anchor, self._moves_anchor, self._codes, partition.labels, partition.seed, grad_scale,
-            found_inf, self.skip_nonfinite and found_inf is None, stats, self.proposal.kernel,
+            found_inf, self.skip_nonfinite and found_inf is None, self._stats, self.proposal.kernel,
         )  # fmt: skip
         torch.autograd.graph.increment_version(self._mutated)
-        if across.meets:
-            self._stats[0] = torch.where(stats[3] > 0, self._stats[0], stats[0])
-            self._stats[2] = stats[2]
-            self._stats[3] += stats[3]
 
     def _skips(self, together: bool) -> Tensor:
         """One float, not 0 where the step is to be skipped; `together`: as soon as one process of a group is to skip it.
@@ -340,9 +335,10 @@ class CoupledOptimizer(FlatState):
             int(seed) if seed is not None and seed.is_cpu else None,
         )
         same = float(zlib.crc32(repr(state).encode()) + self._steps & 0xFFFFFF)
-        asked = torch.cat([found_inf.detach().float().reshape(1), found_inf.new_tensor([same, -same]).float()])
+        asked = torch.tensor([0.0, same, -same], dtype=torch.float32, device=found_inf.device)
+        asked[0] = found_inf.detach()
         replicas.processes.largest_(asked)
-        if asked.is_cpu and asked[1] != -asked[2]:
+        if asked.is_cpu and len(set(map(abs, asked.tolist()[1:]))) > 1:
             raise RuntimeError(
                 "lr, L and all other settings, what is frozen and the partition's seed must be the same in all processes, but "
                 f"at step {self._steps} they differ"

@@ -256,8 +256,10 @@ class FlatState(torch.optim.Optimizer):
         self._show_step()
 
     def _show_step(self) -> None:
-        self._step_tensor.fill_(self._steps)
-        self._step_was = self._step_tensor.item()
+        """Shows the number of steps in `state`, where torch's AdamW has it."""
+        if not isinstance(self.proposal, SGD):
+            self._step_tensor.fill_(self._steps)
+            self._step_was = self._step_tensor.item()
 
     def _check_shape(self, what: str, buffer: Any, index: int) -> None:
         """Refuses a buffer that is not of the shape of parameter number `index` of the layout."""
