@@ -151,7 +151,7 @@ def cifar10(data_dir: Path, download: bool = False) -> Images:
     if not download:
         folders = " or ".join(folder for _, folder in _ARCHIVES.values())
         raise FileNotFoundError(
-            f"CIFAR-10 is not in {data_dir}: neither {folders}, nor {' or '.join(_ARCHIVES)}; --download fetches it"
+            f"CIFAR-10 is not in {data_dir}: neither {folders}, nor {' or '.join(_ARCHIVES)}; hta-train --download fetches it"
         )
     fetch(_URL + archive, data_dir / archive, _ARCHIVES[archive][0])
     return _from_archive(data_dir / archive, checked=True)
