@@ -53,13 +53,13 @@ def flag(name: str, value: Any) -> None:
 
 
 def field_types(settings: Any) -> None:
-    """Checks the numbers and flags among a settings object's fields; a tensor of one number (but lr, which may change
-    in place) becomes that number."""
+    """Checks the numbers and flags among a settings object's fields; NumPy's numbers become Python's, as does a tensor of one
+    (but lr, which may change in place)."""
     for f in fields(settings):
         value = getattr(settings, f.name)
         if f.type is float:
             checked = number(f.name, value)
-            if f.name != "lr" and isinstance(value, Tensor):
+            if f.name != "lr" if isinstance(value, Tensor) else not isinstance(value, float | int):
                 object.__setattr__(settings, f.name, checked)
         elif f.type is bool:
             flag(f.name, value)

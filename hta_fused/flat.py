@@ -5,7 +5,8 @@ and masters.py.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from operator import attrgetter, methodcaller
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from .checks import shown
 from .kernels.reference import DTYPES, LOW
@@ -24,7 +26,7 @@ _TRAINS, _VERSION, _ADDRESS = attrgetter("requires_grad"), attrgetter("_version"
 # What _bind and _diagnose make anew, and copies and pickles do without.
 _DERIVED = frozenset((
     "masters", "frozen", "_grad_views", "_streams", "_held", "_were", "_single", "_all", "_trains",
-    "_flat", "_addresses", "_half_frozen", "_grad_versions", "_warned",
+    "_flat", "_addresses", "_half_frozen", "_grad_versions", "_warned", "_hooks",
 ))  # fmt: skip
 
 
@@ -56,6 +58,7 @@ class FlatCopies(nn.Module):
     _warned: bool  # of a copy that no gradient reaches
 
     masters: Masters
+    _hooks: Sequence[RemovableHandle] = ()
 
     def __init__(
         self,
@@ -191,6 +194,7 @@ class FlatCopies(nn.Module):
                 if masters is None:
                     self.masters.write(row, i, parameter)
                 self._lay(row, i, parameter.grad)
+        self._show_overflow()
         self._grad_versions = self._versions_of_grads()
         self._streams: list[torch.cuda.Stream] = []
         self._flat = [p for row in self.trained for p in row]
@@ -204,8 +208,35 @@ class FlatCopies(nn.Module):
         parameter.grad = None  # whose dtype may differ
         parameter.data = self.masters.homes[row][i]
         view.zero_() if grad is None else view.copy_(_dense(grad))
-        if parameter.dtype == view.dtype:  # else a float32 parameter among low ones: collect_grads() casts
+        if parameter.dtype == view.dtype:
             parameter.grad = view
+        elif grad is not None:  # a float32 parameter among low ones: collect_grads() casts
+            parameter.grad = view.to(parameter.dtype)
+
+    def _show_overflow(self) -> None:
+        """Lets a float32 gradient among float16 ones be what it will be when it is cast: a GradScaler, which looks before
+        that, must see what overflows."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for parameter in chain.from_iterable(self.trained):
+            if parameter.dtype != self.grads.dtype == torch.float16:
+                trains = parameter.requires_grad
+                parameter.requires_grad_(True)  # else there can be no hook
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(_through_float16))
+                parameter.requires_grad_(trains)
+
+    def _grads_as_stepped(self) -> Tensor:
+        """A copy of all gradients as a step would find them, with those that were put elsewhere."""
+        grads = self.grads.clone()
+        for row, parameters in enumerate(self.trained):
+            places = zip(parameters, self._grad_views[row], self.layout.tensors(grads[row]), strict=True)
+            for parameter, own, place in places:
+                if parameter.grad is None:
+                    place.zero_()
+                elif parameter.grad is not own:
+                    place.copy_(_dense(parameter.grad))
+        return grads
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FlatCopies":
         """What nn.Module does by `to`, `half`, `cuda` and the like: the copies move, and the buffers with them."""
@@ -238,13 +269,18 @@ class FlatCopies(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self.masters.take(self._flat)
         state = {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
-        return state | {"params": None if self.low is None else self.params}  # else the parameters say all
+        # Without low precision the parameters say all.
+        return state | {"params": None if self.low is None else self.params, "grads": self._grads_as_stepped()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         grads, masters = state["grads"], state["params"]
         super().__setstate__(state)
         self._bind(grads.new_empty(0, dtype=self.trained[0][0].dtype) if masters is None else masters, masters)
         self.grads.copy_(grads)
+        for parameters, views in zip(self.trained, self._grad_views, strict=True):
+            for parameter, view in zip(parameters, views, strict=True):
+                if parameter.dtype != view.dtype:
+                    parameter.grad = view.to(parameter.dtype)
 
     @torch.no_grad()
     def rebind(self) -> None:
@@ -442,6 +478,11 @@ def _lies_in(grad: Tensor, buffer: Tensor) -> bool:
     """Whether a gradient lies in the memory of a buffer."""
     start = buffer.untyped_storage().data_ptr()
     return grad.layout == torch.strided and start <= grad.data_ptr() < start + buffer.untyped_storage().nbytes()
+
+
+def _through_float16(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.copy_(parameter.grad.half())
 
 
 def _dense(grad: Tensor) -> Tensor:

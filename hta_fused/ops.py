@@ -220,6 +220,7 @@ def _pattern(
         raise ValueError(f"labels is a Partition of {labels.numel} elements, but theta has {first.numel()}")
     if labels.blocks > copies:
         raise ValueError(f"labels is a Partition of {labels.blocks} blocks, but there are {copies} copies")
+    labels.check_hashed(copies)
     labels = labels.to(first.device)
     return labels.codes, labels.labels, labels.seed
 

@@ -23,13 +23,15 @@ from .kernels.reference import NUMBERS, PROPOSE, RULE, SHARE, arithmetic
 from .ops import as_scalar, fakes, rules_of, step_buffers
 from .proposals import SGD, Proposal
 from .replicas import Replicas
-from .state import STATE_FORMATS, FlatState, coupling_settings, settings_of
+from .state import STATE_FORMATS, FlatState, check_foreign, coupling_settings, settings_of, steps_of
 
 
 class StepStats(NamedTuple):
     """What the last step left behind."""
 
-    penalty: float  # the quadratic terms of equation (3) after the step; NaN before the first, and for other couplings
+    # The quadratic terms of equation (3) after the step; NaN before the first, between coupling steps, where groups differ in L
+    # or how often they couple, and for other couplings.
+    penalty: float
     distance: float  # √Σ_{i<j} ‖x_i − x_j‖² after the step; NaN before the first
     skipped: int  # steps skipped so far for a gradient that was not finite
 
@@ -159,12 +161,12 @@ class CoupledOptimizer(FlatState):
     def coupling(self, value: Coupling) -> None:
         _check_coupling(value, self.replicas)
         self._take_edits()
+        old, new = coupling_settings(self.coupling), coupling_settings(value)
         for group in self.param_groups:
-            for name in coupling_settings(self.coupling):
+            for name in old:
                 group.pop(name, None)
+            group.update(new)
         self._coupling_class = type(value)
-        for group in self.param_groups:
-            group.update(coupling_settings(value))
         self._make_buffers()
         if self.capturable:
             self.refresh()
@@ -180,7 +182,12 @@ class CoupledOptimizer(FlatState):
     @_disable_dynamo
     def L(self, value: float) -> None:
         _ = self.L
-        self.coupling = replace(self.coupling, L=value)  # type: ignore[call-arg]
+        for group in self.param_groups:
+            _check_coupling(replace(self._coupling_of(group), L=value), self.replicas)  # type: ignore[call-arg]
+        for group in self.param_groups:
+            group["L"] = value
+        if self.capturable:
+            self.refresh()
 
     @property
     def stats(self) -> StepStats:
@@ -192,7 +199,9 @@ class CoupledOptimizer(FlatState):
             )
         anchor, pairs, _, skipped = values.tolist()
         coupling, penalty = self.coupling, float("nan")
-        if anchor == anchor and isinstance(coupling, Homotopy | Explicit):
+        alike = all(self._coupling_of(group) == coupling for group in self.param_groups)
+        coupled = alike and self.steps % coupling.every == 0
+        if anchor == anchor and coupled and isinstance(coupling, Homotopy | Explicit):
             # At the ends of the path a term's factor is infinite where the term itself is 0.
             L = coupling.L
             penalty = (L * anchor if anchor else 0.0) + (pairs / L if pairs and L else 0.0)
@@ -241,6 +250,10 @@ class CoupledOptimizer(FlatState):
             self._follow()
             if self._planned is None:
                 self.refresh()  # raises for bad settings before anything is written
+            elif self._settings_but_lr() != self._planned_of:
+                raise RuntimeError("param_groups and coupling must not change between planned steps; plan again")
+            elif self._cursor.is_cpu and int(self._cursor) >= len(self._planned):
+                raise RuntimeError(f"a plan of {len(self._planned)} steps has been taken to its end; plan again")
         replicas.collect_grads_unchecked()
         if self._planned is not None:
             self.rules.view(-1).copy_(self._planned.index_select(0, self._cursor)[0])
@@ -385,13 +398,20 @@ class CoupledOptimizer(FlatState):
         start, lrs = whole("start", start, 0, len(lrs)), [number("lrs", lr) for lr in lrs]
         if not lrs:
             raise ValueError("lrs must hold at least one learning rate")
-        done = self.steps
+        self.replicas.check()
+        self._take_edits()
+        done, planned = self.steps, self._planned
+        self._planned = None  # what follows is not between planned steps
+        self._follow()
+        if (self._buffer_names(), self._kind()) != (self._needed, (self._explicit, self._moves_anchor)):
+            self._make_buffers()
         first = done - start
         rows = torch.stack([self._values_at(first + i + 1, lr=lr).view(-1) for i, lr in enumerate(lrs)])
-        if self._planned is None or len(self._planned) != len(rows):
-            self._planned = torch.empty_like(rows, device=self.rules.device)
+        if planned is None or planned.shape != rows.shape or planned.device != self.rules.device:
+            planned = torch.empty_like(rows, device=self.rules.device)
             self._cursor = torch.zeros(1, dtype=torch.int64, device=self.rules.device)
-        self._planned.copy_(rows)
+        self._planned = planned.copy_(rows)
+        self._planned_of = self._settings_but_lr()
         self._plan_start = first
         self._cursor.fill_(start)
         self._noise.fill_(done)
@@ -419,16 +439,20 @@ class CoupledOptimizer(FlatState):
             "unscale": self._step_supports_amp_scaling,
             "state_dict": self.state_dict(),
             "stats": self._stats,
+            "plan": None if self._planned is None else (self._planned, self._cursor, self._plan_start),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "replicas" not in state:  # torch's load_state_dict hands over its own {state, param_groups}
             super().__setstate__(state)
             return
-        options = {name: value for name, value in state.items() if name not in ("state_dict", "stats")}
+        options = {name: value for name, value in state.items() if name not in ("state_dict", "stats", "plan")}
         CoupledOptimizer.__init__(self, **options)
         self.load_state_dict(state["state_dict"])
         self._stats.copy_(state["stats"])
+        if state["plan"] is not None:
+            self._planned, self._cursor, self._plan_start = state["plan"]
+            self._planned_of = self._settings_but_lr()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CoupledOptimizer":
         """With Replicas of its own, or, where these are copied in the same call, over those."""
@@ -466,10 +490,7 @@ class CoupledOptimizer(FlatState):
     def _kind(self) -> tuple[bool, bool]:
         """Whether the coupling is explicit, which all groups must agree in, and whether it moves the anchor."""
         of_groups = [self._coupling_of(group) for group in self.param_groups]
-        if len({coupling.explicit for coupling in of_groups}) > 1:
-            raise ValueError("mode must be the same in all param_groups, got 'implicit' and 'explicit'")
-        for coupling in of_groups:
-            _check_coupling(coupling, self.replicas)
+        _check_together("param_groups", of_groups, self.replicas)
         return of_groups[0].explicit, any(coupling.moves_anchor for coupling in of_groups)
 
     def _buffer_names(self) -> list[str]:
@@ -486,16 +507,22 @@ class CoupledOptimizer(FlatState):
             raise ValueError(f"dampening must be 0 in param_groups, got {shown(values['dampening'])}")
         return type(self.proposal)(**own)
 
-    def _check_group(self, name: str, group: Mapping[str, Any]) -> None:
+    def _check_groups(self, name: str, groups: list[dict[str, Any]]) -> None:
         """Raises where settings that are not param_groups' yet are missing, outside their range, or of no use here."""
-        of = couplings.BY_NAME[group["coupling"]]
-        for key in (*settings_of(self.proposal), *(f.name for f in fields(of))):
-            if key not in group:
-                raise ValueError(f"{key} is missing in {name}: they are of another optimizer")
-        if "steps" in group:
-            number("steps", group["steps"])
-        self._proposal_of(group)
-        _check_coupling(of(**_picked(group, of)), self.replicas)
+        if len({group["coupling"] for group in groups}) > 1:
+            raise ValueError(f"coupling must be the same in all of {name}, got several")
+        made = []
+        for group in groups:
+            of = couplings.BY_NAME[group["coupling"]]
+            for key in (*settings_of(self.proposal), *(f.name for f in fields(of))):
+                if key not in group:
+                    raise ValueError(f"{key} is missing in {name}: they are of another optimizer")
+            if "steps" in group:
+                steps_of("steps", group["steps"])
+            check_foreign(group)
+            self._proposal_of(group)
+            made.append(of(**_picked(group, of)))
+        _check_together(name, made, self.replicas)
 
     def _coupling_of(self, group: Mapping[str, Any], **changed: Any) -> Coupling:
         values = {**group, **changed}
@@ -508,10 +535,14 @@ class CoupledOptimizer(FlatState):
 
     def _group_settings(self, group: Mapping[str, Any]) -> list[Any]:
         return [
-            number(k, v) if isinstance(v, Tensor) else v
+            number(k, v) if isinstance(v, Tensor) else tuple(v) if isinstance(v, list) else v
             for k, v in group.items()
             if k not in ("params", "steps", "initial_lr") and (not isinstance(v, Tensor) or k in self.defaults)
         ]
+
+    def _settings_but_lr(self) -> list[list[Any]]:
+        """What a plan was made from, besides the learning rates that it was given."""
+        return [self._group_settings({**group, "lr": 0.0}) for group in self.param_groups]
 
     def _values_at(self, step: int, **changed: Any) -> Tensor:
         """The rules of every group at a step, in the kernels' arithmetic, on the CPU."""
@@ -698,6 +729,19 @@ def _picked(values: Mapping[str, Any], of: Any) -> dict[str, Any]:
         if f.name not in values:
             raise ValueError(f"{f.name} is missing in param_groups")
     return {f.name: values[f.name] for f in fields(of)}
+
+
+def _check_together(name: str, of_groups: Sequence[Coupling], replicas: Replicas) -> None:
+    """Refuses couplings of groups, all of one class, that one step cannot do."""
+    for coupling in of_groups:
+        _check_coupling(coupling, replicas)
+    if len({coupling.explicit for coupling in of_groups}) > 1:
+        raise ValueError(f"mode must be the same in all {name}, got 'implicit' and 'explicit'")
+    if isinstance(of_groups[0], Parle):  # whose points move together
+        for key in ("eta", "rho", "every"):
+            values = sorted({getattr(coupling, key) for coupling in of_groups})
+            if len(values) > 1:
+                raise ValueError(f"{key} of Parle must be the same in all {name}, got {', '.join(map(str, values))}")
 
 
 def _check_coupling(coupling: Coupling, replicas: Replicas) -> None:

@@ -245,6 +245,13 @@ class Partition:
             raise ValueError("resample is for hashed labels; this Partition has none")
         self.seed.add_(1) if seed is None else self.seed.fill_(_seed(seed))
 
+    def check_hashed(self, copies: int) -> None:
+        """Raises where labels are hashed among other blocks than copies: kernels draw a block for each copy."""
+        if self.seed is not None and self.blocks != copies:
+            raise ValueError(
+                f"partition must have as many hashed blocks as there are copies, {copies}, got {self.blocks}"
+            )
+
     def flat(self) -> Tensor:
         """One label an element, uint8 [numel], in the buffer's order."""
         return expand(self.codes, self.labels, self.seed, self.numel, self.blocks, self.codes.device)[1].byte()

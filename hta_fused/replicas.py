@@ -122,6 +122,7 @@ class Replicas(FlatCopies):
         partition = Partition.make(model, partition, copies).to(like.device)
         if partition.blocks > copies:
             raise ValueError(f"partition has {partition.blocks} blocks, but there are {copies} copies")
+        partition.check_hashed(copies)
         if processes:
             processes.agree(_identity(model, partition, like, compute_dtype, anchor, start, communicate))
             for tensor in (*model.parameters(), *model.buffers()):
@@ -188,7 +189,19 @@ class Replicas(FlatCopies):
                 )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Replicas":
-        super()._apply(fn, recurse)
+        kept = self.anchor if self.anchor_format != "full" else None
+        if kept is not None:  # goes to another device, but keeps its format
+            moved = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+            if moved != self.dtype:
+                raise TypeError(
+                    f"dtype of Replicas must stay {self.dtype} with anchor_format={self.anchor_format!r}, got {moved}"
+                )
+            self.anchor = None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            if kept is not None:
+                self.anchor = kept.to(self.device)
         self._partition = self.partition.to(self.device)
         return self
 
@@ -351,10 +364,15 @@ class Replicas(FlatCopies):
     def _check_state(self, state_dict: Mapping[str, Any], prefix: str, mine: Mapping[str, Any]) -> None:
         """Raises where an entry of a state_dict does not fit."""
         for name, value in mine.items():
-            shapes = [tuple(getattr(of, "shape", ())) for of in (state_dict.get(name, value), value)]
+            if not isinstance(value, Tensor):  # a module's extra state
+                continue
+            entry = state_dict.get(name, value)
+            if not isinstance(entry, Tensor) or entry.layout != torch.strided or entry.is_quantized:
+                got = shown(entry) if not isinstance(entry, Tensor) else f"one of {entry.dtype}, {entry.layout}"
+                raise RuntimeError(f"{name!r} must be a dense tensor in state_dict, got {got}")
+            shapes = [tuple(of.shape) for of in (entry, value)]
             if shapes[0] != shapes[1]:
                 raise RuntimeError(f"{name!r} has shape {shapes[0]} in state_dict, but here {shapes[1]}")
-            entry = state_dict.get(name, value)
             if entry.is_complex() > value.is_complex() or entry.is_meta:
                 raise RuntimeError(
                     f"{name!r} must be real and in memory, got {entry.dtype} on {entry.device} in state_dict"
@@ -402,7 +420,11 @@ class Replicas(FlatCopies):
                 parameter.copy_(torch.stack(frozen).mean(0))
         for buffer, *same in zip(merged.buffers(), *(net.buffers() for net in self.copies), strict=True):
             if buffer.is_floating_point():
-                buffer.copy_(self.mean(torch.stack(same)))
+                rows = list(self.processes.gather(same[0])) if self.processes else same
+                if not all(torch.equal(rows[0], other) for other in rows[1:]):  # a mask's mean may overflow
+                    buffer.copy_(
+                        torch.stack([row.to(torch.promote_types(row.dtype, torch.half)) for row in rows]).mean(0)
+                    )
         if loader is not None:
             update_bn(loader, merged, device=self.device)
         return merged

@@ -55,7 +55,7 @@ class FlatState(torch.optim.Optimizer):
     def _make_buffers(self) -> None:
         raise NotImplementedError
 
-    def _check_group(self, name: str, group: Mapping[str, Any]) -> None:
+    def _check_groups(self, name: str, groups: list[dict[str, Any]]) -> None:
         raise NotImplementedError
 
     def _proposal_of(self, group: Mapping[str, Any], **changed: Any) -> Proposal:
@@ -106,6 +106,7 @@ class FlatState(torch.optim.Optimizer):
             group["steps"] = self.steps
         if not self._scales:
             return super().state_dict()
+        self._take_edits()
 
         def fill(optimizer: Any, state: dict[str, Any]) -> None:  # before the user's own hooks have their say
             numbers = {
@@ -136,11 +137,9 @@ class FlatState(torch.optim.Optimizer):
 
         def catch(optimizer: Any, loaded: dict[str, Any]) -> None:  # after the user's own hooks have had their say
             nonlocal final
+            # As many as both have: torch counts them.
             groups = [self._with_coupling(*both) for both in zip(loaded["param_groups"], kept, strict=False)]
-            if len({group["coupling"] for group in groups}) > 1:
-                raise ValueError("coupling must be the same in all of state_dict's param_groups, got several")
-            for group in groups:  # torch counts them
-                self._check_group("state_dict's param_groups", group)
+            self._check_groups("state_dict's param_groups", groups)
             self._check_entries("state_dict", self._by_parameter(loaded), groups[0]["coupling"] if groups else None)
             final = {**loaded, "param_groups": groups + loaded["param_groups"][len(groups) :]}
 
@@ -205,10 +204,7 @@ class FlatState(torch.optim.Optimizer):
         names = self.proposal.all_buffers
         plan, steps = [], set()
         for group, saved in zip(self.param_groups, groups, strict=True):
-            if saved.get("dampening") or saved.get("amsgrad"):
-                raise ValueError("state_dict has dampening or amsgrad set, which this optimizer does not have")
-            if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay"):
-                raise ValueError("state_dict has the weight_decay of torch.optim.Adam, not of AdamW: it must be 0")
+            check_foreign(saved)
             lacks = [key for key in settings_of(self.proposal) if key not in saved and key != "maximize"]
             if lacks:
                 raise ValueError(f"{lacks[0]} is missing in state_dict's param_groups: it is of another optimizer")
@@ -224,9 +220,8 @@ class FlatState(torch.optim.Optimizer):
         if len(steps) > 1:
             raise ValueError(f"state_dict's parameters have taken different numbers of steps, {sorted(steps)}")
         for group, saved in zip(self.param_groups, groups, strict=True):
-            group.update(
-                {k: v for k, v in saved.items() if k != "params" and k in {*settings_of(self.proposal), "initial_lr"}}
-            )
+            kept = {*settings_of(self.proposal), "initial_lr"}
+            group.update({k: v.clone() if isinstance(v, Tensor) else v for k, v in saved.items() if k in kept})
         self._make_buffers()
         values = {name: self._read(name) for name in self._buffers}
         views = {name: layout.views(of[row]) for name, of in values.items()}
@@ -297,7 +292,7 @@ class FlatState(torch.optim.Optimizer):
                 entry = entries.get(parameter, {})
                 if not isinstance(entry, Mapping):
                     raise TypeError(f"{name} of {layout.names[i]!r} must be a dict, got {shown(entry)}")
-                steps.add(_steps(f"{name}'s step", entry["step"]) if "step" in entry else None)
+                steps.add(steps_of(f"{name}'s step", entry["step"]) if "step" in entry else None)
                 for key in (*self.proposal.all_buffers, *more):
                     if entry.get(key) is not None:
                         self._check_shape(f"{name}'s {key} of copy {row}", entry[key], i)
@@ -367,15 +362,18 @@ class FlatState(torch.optim.Optimizer):
         except TypeError:  # an entry that is no dict
             edited = True
         if edited:
+            done = self.steps  # which shows them in `state`, where a plan counts them on the device
             steps = self._check_entries("state", self.state)
+            if self._planned is not None and not isinstance(self.proposal, SGD) and steps != done:
+                raise RuntimeError("state's step must not change between planned steps; plan again")
             self._take_entries(self.state, shown=True)
             self._show_state()
-            if not isinstance(self.proposal, SGD):
+            if not isinstance(self.proposal, SGD) and steps != done:
                 self._set_steps(steps or 0)
         elif not isinstance(self.proposal, SGD) and self._planned is None:
             step = self._step_tensor.item()
             if step != self._step_was:
-                self._set_steps(_steps("state's step", step))  # edited in place
+                self._set_steps(steps_of("state's step", step))  # edited in place
 
     def _show_state(self) -> None:
         """Makes the views of the flat buffers the optimizer's state, in torch's own layout, beside what others keep there."""
@@ -403,12 +401,22 @@ class FlatState(torch.optim.Optimizer):
         return [self._index_of[id(p)] for p in params[: len(params) // len(self.replicas)]]
 
 
-def _steps(name: str, value: Any) -> int:
+def steps_of(name: str, value: Any) -> int:
     """A number of steps, which torch keeps in a float."""
     steps = number(name, value)
     if not (0 <= steps < math.inf and steps == int(steps)):
         raise ValueError(f"{name} must be a whole number, at least 0, got {steps}")
+    if steps >= 2**53:
+        raise ValueError(f"{name} must be below 2^53, got {steps:g}")
     return int(steps)
+
+
+def check_foreign(saved: Mapping[str, Any]) -> None:
+    """Refuses a group of torch's own optimizers with what these here do not have."""
+    if saved.get("dampening") or saved.get("amsgrad"):
+        raise ValueError("state_dict has dampening or amsgrad set, which this optimizer does not have")
+    if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay"):
+        raise ValueError("state_dict has the weight_decay of torch.optim.Adam, not of AdamW: it must be 0")
 
 
 def settings_of(of: Proposal | Coupling) -> dict[str, Any]:
