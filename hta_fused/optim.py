@@ -129,6 +129,7 @@ class CoupledOptimizer(FlatState):
         self._known: Any = None  # what the rules on the device were made from
         self._planned: Tensor | None = None
         self._made: list[tuple[Proposal, Coupling]] = []  # of each group, as the rules were made of
+        self._momenta: list[float] | None = None  # of each group; unknown where what its buffer holds is not ours
         self._warned = False
         self._index_of = {id(p): i for i, p in enumerate(replicas.trained[0])}  # in the layout, by copy 0's parameter
         _check_coupling(coupling, replicas)
@@ -370,8 +371,8 @@ class CoupledOptimizer(FlatState):
         if known == self._known:
             return
         values = self._values_of(made, step)
-        if changed and (self._buffer_names(), self._kind()) != (self._needed, (self._explicit, self._moves_anchor)):
-            self._make_buffers()  # a momentum that was 0, another mode, an average that got a pull
+        if changed:
+            self._fit_buffers(made)
         if self.rules.is_cuda:
             values = values.pin_memory()  # so that the copy waits for nothing
         if self._across and self._coupling_class is not Parle:
@@ -403,8 +404,7 @@ class CoupledOptimizer(FlatState):
         done, planned = self.steps, self._planned
         self._planned = None  # what follows is not between planned steps
         self._follow()
-        if (self._buffer_names(), self._kind()) != (self._needed, (self._explicit, self._moves_anchor)):
-            self._make_buffers()
+        self._fit_buffers([self._made_of(group) for group in self.param_groups])
         first = done - start
         rows = torch.stack([self._values_at(first + i + 1, lr=lr).view(-1) for i, lr in enumerate(lrs)])
         if planned is None or planned.shape != rows.shape or planned.device != self.rules.device:
@@ -486,6 +486,25 @@ class CoupledOptimizer(FlatState):
         self._mutated += [replicas.masters.rows, *self._buffers.values(), *self._shown, self._stats]
         self._mutated += [replicas.anchor] if self._moves_anchor and replicas.anchor is not None else []
         self._known = None
+
+    def _fit_buffers(self, made: list[tuple[Proposal, Coupling]]) -> None:
+        """Makes the buffers what new settings need: a momentum that was 0, another mode, an average that got a pull."""
+        if (self._buffer_names(), self._kind()) != (self._needed, (self._explicit, self._moves_anchor)):
+            self._make_buffers()
+        # As torch's, a momentum that begins begins at zero; but the kernels have filled its buffer with gradients if another
+        # group had one.
+        momenta = [proposal.momentum if isinstance(proposal, SGD) else 1.0 for proposal, _ in made]
+        for group, before, now in zip(self.param_groups, self._momenta or momenta, momenta, strict=True):
+            if now > before == 0:
+                for name in self._needed:
+                    values = self._read(name)
+                    for row in values:
+                        views = self.replicas.layout.views(row)
+                        for i in self._indices(group):
+                            views[i].zero_()
+                    if name in self._scales:
+                        self._write(name, values)
+        self._momenta = momenta
 
     def _kind(self) -> tuple[bool, bool]:
         """Whether the coupling is explicit, which all groups must agree in, and whether it moves the anchor."""

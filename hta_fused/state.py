@@ -41,6 +41,7 @@ class FlatState(torch.optim.Optimizer):
     _cursor: Tensor
     _plan_start: int
     _known: Any  # what the rules on the device were made from
+    _momenta: list[float] | None
 
     @property
     def replicas(self) -> Replicas:
@@ -246,7 +247,7 @@ class FlatState(torch.optim.Optimizer):
         return row
 
     def _set_steps(self, steps: int) -> None:
-        self._steps, self._planned, self._known = steps, None, None
+        self._steps, self._planned, self._known, self._momenta = steps, None, None, None
         self._noise.fill_(steps)
         self._show_step()
 
@@ -368,6 +369,7 @@ class FlatState(torch.optim.Optimizer):
                 raise RuntimeError("state's step must not change between planned steps; plan again")
             self._take_entries(self.state, shown=True)
             self._show_state()
+            self._momenta = None
             if not isinstance(self.proposal, SGD) and steps != done:
                 self._set_steps(steps or 0)
         elif not isinstance(self.proposal, SGD) and self._planned is None:

@@ -112,6 +112,41 @@ def test_numpys_numbers_are_pythons(kind):
     assert adam.numbers(1) == hta.AdamW(float(value), weight_decay=float(value)).numbers(1)
 
 
+@pytest.mark.parametrize("state_format", ["full", "bfloat16", "8bit"])
+@pytest.mark.parametrize("way", ["steps", "plans"])
+def test_a_momentum_that_begins_beside_another_begins_at_zero_as_torchs_does(state_format, way):
+    ours = optimizer_of(hta.Average(every=100), hta.SGD(0.1, 0.9), [{"params": ["bias"], "momentum": 0.0}], 1,
+                        state_format=state_format)  # fmt: skip
+    net = copy.deepcopy(ours.replicas.theta)
+    theirs = torch.optim.SGD([{"params": [net.weight]}, {"params": [net.bias], "momentum": 0.0}], 0.1, 0.9)
+    for number in range(6):
+        if number == 3:
+            for optimizer in (ours, theirs):
+                optimizer.param_groups[1]["momentum"] = 0.9
+        if way == "plans":
+            ours.plan([0.1])
+        step(ours, 1.0)
+        net.weight.grad, net.bias.grad = torch.ones(4, 4), torch.ones(4)
+        theirs.step()
+    error = 1e-6 if state_format == "full" else 2e-2
+    torch.testing.assert_close(ours.replicas.theta.bias, net.bias, rtol=error, atol=error)
+
+
+def test_a_momentum_that_was_assigned_as_it_begins_counts():
+    one, other = (optimizer_of(hta.Average(every=100), hta.SGD(0.1, 0.9), [{"params": ["bias"], "momentum": 0.0}])
+                  for _ in range(2))  # fmt: skip
+    for optimizer in (one, other):
+        step(optimizer)
+        optimizer.param_groups[1]["momentum"] = 0.9
+    one.state[one.replicas.theta.bias]["momentum_buffer"] = torch.ones(4)
+    before = one.replicas.params.clone()
+    step(one)
+    step(other)
+    moved = before[0] - one.replicas.params[0], before[0] - other.replicas.params[0]
+    views = [one.replicas.layout.views(of)[one.replicas.layout.names.index("bias")] for of in moved]
+    torch.testing.assert_close(views, [torch.full((4,), 0.19), torch.full((4,), 0.1)])
+
+
 # ---------------------------------------------------------------------------------------------------------------- plans
 
 
