@@ -392,3 +392,68 @@ def test_bad_input_to_many_is_named():
 def test_public_names():
     assert hta.path.track is path.track
     assert hta.problems.CHOW_MINIMISER == 1.0
+
+
+@pytest.mark.parametrize("predictor", [None, "secant", "tangent"])
+@pytest.mark.parametrize("f", [lambda x: x.sum(), lambda x: -x.exp().sum(), lambda x: -(x**4).sum() - x.sum()])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_has_no_minimum_is_not_followed_to_its_end(f, predictor):
+    result = hta.path.track(f, [1.0, 1.0], [10.0, 1.0, 0.0], predictor=predictor)
+    assert result.success is False
+    assert "did not converge" in result.message
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_a_minimum_of_any_value_is_one(size):
+    result = hta.path.track(lambda x: size * ((x - 1) ** 2).sum() - 10 * size, [3.0, -1.0], [10.0, 1.0, 0.1, 0.0])
+    assert result.success is True
+    assert abs(result.x - 1).max() < 1e-2
+
+
+@pytest.mark.parametrize("before", [[], [93.0, 92.0]])
+def test_a_jump_right_after_infinity_is_reported(before):
+    result = hta.path.track(hta.problems.chow, [5.0, 5.0], [math.inf, 95.0, *before, 91.0, 90.0, 89.0])
+    assert (result.success, result.jumps) == (False, [91.0])
+
+
+def test_a_smooth_path_of_few_steps_has_no_jump():
+    assert hta.path.track(lambda x: ((x - 2) ** 2).sum(), [5.0, 5.0], [math.inf, 10.0, 0.1, 0.0]).success is True
+
+
+def test_a_jump_to_0_after_the_curve_is_reported():
+    Ls = [math.inf, *np.geomspace(10, 1, 8), 0.0]
+    result = hta.path.track(hta.problems.chow, [5.0, 5.0], Ls, continuation="arclength")
+    assert (result.success, result.jumps) == (False, [0.0])
+    assert "but the path jumped there" in result.message
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_adaptive_steps_do_not_divide_what_lies_below_infinity():
+    result = hta.path.track(
+        lambda x: x[0] ** 2 + x[1] ** 2 + 3 * x[0] * x[1] + x[0], [1.0, 1.0], [math.inf, 0.001, 0.0], adaptive=True
+    )
+    assert [point.L for point in result.per_L] == [math.inf, 0.001]
+    assert result.success is False
+
+
+def test_many_starts_are_followed_in_float64_whatever_they_are():
+    starts = torch.randint(0, 6, (5, 2))
+    expected = hta.path.track_many(hta.problems.chow, starts.double(), [10.0, 1.0, 0.0])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        result = hta.path.track_many(hta.problems.chow, starts.to(dtype).requires_grad_(), [10.0, 1.0, 0.0])
+        assert torch.equal(result.x, expected.x)
+    assert hta.path.track_many(hta.problems.chow, starts[:0].double(), [1.0, 0.0]).x.shape == (0, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"predictor": "tangent"}, {"continuation": "arclength"}])
+def test_a_function_may_return_one_value_of_any_shape(options):
+    result = hta.path.track(lambda x: (x**2).sum(0, keepdim=True), [1.0, 2.0], [1.0, 0.5, 0.0], **options)
+    assert result.success is True
+
+
+@pytest.mark.parametrize("name", ["tolerance", "curvature"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, "x"])
+def test_tolerance_and_curvature_are_positive_numbers(name, value):
+    for track, start in ((hta.path.track, [1.0, 1.0]), (hta.path.track_many, torch.ones(1, 2).double())):
+        with pytest.raises((ValueError, TypeError), match=f"{name} must be"):
+            track(hta.problems.chow, start, [1.0, 0.0], **{name: value})

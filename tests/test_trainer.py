@@ -557,3 +557,61 @@ def test_recipe_is_one_flag_and_others_still_count(monkeypatch, tmp_path):
     with pytest.raises(Stop):
         cli.main(["--recipe", "paper", "--model", "vgg16", "--out", str(tmp_path)])
     assert seen["settings"] == replace(PAPER, model="vgg16", out=tmp_path)
+
+
+SMALL = [
+    "--dataset",
+    "synthetic",
+    "--width",
+    "0.0625",
+    "--method",
+    "sgd",
+    "--epochs",
+    "1",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train-images", "600"], "--train-images must be at most 512, got 600"),
+        (
+            ["--train-images", "512", "--validate"],
+            "--train-images must be at most 511 to leave some to validate on, got 512",
+        ),
+        (
+            ["--seed", "4294967295", "--seeds", "2"],
+            "--seed must be at most 4294967294 where there are 2 seeds, got 4294967295",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_a_folder_is_made(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        cli.main([*SMALL, *flags, "--out", str(tmp_path / "run")])
+    assert capsys.readouterr().err == f"hta-train: {message}\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_export_is_tested_on_its_own_seeds_images_and_the_summary_counts_them(tmp_path, capsys):
+    cli.main([*SMALL, "--train-images", "500", "--validate", "--seeds", "2", "--out", str(tmp_path / "run")])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_images"] == 12
+    for seed in range(2):
+        cli.main(["--evaluate", str(tmp_path / "run" / f"sgd-seed{seed}.pt")])
+        (row,) = (row for row in rows if row["seed"] == seed)
+        said = f"test accuracy {row['test_accuracy']:.2f}%, test loss {row['test_loss']:.4f}"
+        assert said in capsys.readouterr().out
+
+
+def test_an_export_without_its_configuration_is_tested_by_a_recipe(tmp_path, capsys):
+    cli.main([*SMALL, "--seeds", "1", "--out", str(tmp_path / "run")])
+    alone = tmp_path / "sgd-seed0.pt"
+    alone.write_bytes((tmp_path / "run" / "sgd-seed0.pt").read_bytes())
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(["--evaluate", str(alone), "--recipe", "paper", "--device", "cpu"])
+    assert f"a state_dict of {PAPER.model} at width 1, as a run exports it, is expected" in capsys.readouterr().err

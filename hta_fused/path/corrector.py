@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .bfgs import Minima, minimise_many, update
 from .homotopy import QuadraticTerms, Stage
+from .objective import one_value
 
 
 def along(L: float) -> float:
@@ -35,6 +36,7 @@ class Corrector:
     def __init__(self, f: Callable[[Tensor], Tensor], terms: QuadraticTerms, offset: Tensor, tolerance: float):
         self.terms, self.offset, self.tolerance = terms, offset, tolerance
         count, (m, n) = len(offset), terms.shape
+        f = one_value(f)
         gradient = torch.func.grad(f)
         self._gradient_and_value = torch.func.vmap(torch.func.vmap(torch.func.grad_and_value(f)))
         self._product = torch.func.vmap(torch.func.vmap(lambda x, v: torch.func.jvp(gradient, (x,), (v,))[1]))

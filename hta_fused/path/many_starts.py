@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .corrector import Corrector
 from .homotopy import QuadraticTerms, check_Ls
-from .objective import scalar_value
+from .objective import check_positive, one_value, scalar_value
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def track_many(
 
     Args:
         f: a function of a 1-D tensor that returns a scalar, of operations that torch.func.vmap can batch.
-        x0: where all copies start, float64 [B, n], or each one's start, [B, m, n].
+        x0: where all copies start, [B, n], or each one's start, [B, m, n]; computed with in float64.
         Ls, copies, blocks, curvature: as in `track`. Ls = [0] minimises f itself.
         anchor: as in `track`, or one for each start, [B, n].
         predictor: None, or "tangent" as in `track`.
@@ -65,6 +65,9 @@ def track_many(
         )
     if x0.dim() == 3 and x0.shape[1] != copies:
         raise ValueError(f"x0 must have shape [B, n] or [B, {copies}, n], got {list(x0.shape)}")
+    check_positive("tolerance", tolerance)
+    check_positive("curvature", curvature)
+    x0 = x0.detach().double()  # the tolerances are float64's
     count, n = x0.shape[0], x0.shape[-1]
     offset = torch.zeros_like(x0[:, :1])
     if isinstance(anchor, Tensor) and anchor.dim() == 2:  # one for each start: the variables are moved so that it is 0
@@ -87,4 +90,5 @@ def track_many(
         success &= found.converged
         before = L
     final = x.mean(1) + offset
-    return ManyResult(final, torch.func.vmap(f)(final), correct.evaluations + 1, correct.steps, success)
+    values_there = torch.func.vmap(one_value(f))(final) if count else final.new_zeros(0)
+    return ManyResult(final, values_there, correct.evaluations + 1, correct.steps, success)

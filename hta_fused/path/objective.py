@@ -1,11 +1,14 @@
 """f, the function to minimise: its value, its gradient, and the errors owed for what is no such function."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..checks import number
 
 
 def scalar_value(f: Callable[[Tensor], Any], point: Tensor) -> Tensor:
@@ -22,6 +25,17 @@ def scalar_value(f: Callable[[Tensor], Any], point: Tensor) -> Tensor:
     if not result.requires_grad:
         raise ValueError("f has no gradient: what it returns does not depend on its argument through torch")
     return result
+
+
+def one_value(f: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """f as torch.func differentiates it: its one value, of whatever shape, as a scalar."""
+    return lambda x: f(x).reshape(())
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises where a setting is no positive finite number."""
+    if not 0 < number(name, value) < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 class Objective:

@@ -14,7 +14,7 @@ from ..extras import needs
 from .arclength import Curve, Fold
 from .corrector import Corrector
 from .homotopy import QuadraticTerms, check_Ls
-from .objective import Objective
+from .objective import Objective, check_positive, one_value
 
 METHODS = ("BFGS", "L-BFGS-B")
 PREDICTORS = (None, "secant", "tangent")
@@ -132,6 +132,8 @@ def track(
         )
     if continuation not in CONTINUATIONS:
         raise ValueError(f"continuation must be one of {', '.join(CONTINUATIONS)}, got {continuation!r}")
+    check_positive("tolerance", tolerance)
+    check_positive("curvature", curvature)
     values = check_Ls(Ls)
     if continuation == "arclength":
         if predictor is not None or adaptive:
@@ -157,7 +159,7 @@ def track(
 
     cold = _Cold(objective, terms, method, tolerance, predictor)
     if continuation == "arclength":
-        return _along_the_curve(Curve(f, terms), cold, x, values)
+        return _along_the_curve(Curve(one_value(f), terms), cold, x, values)
     steered = _Steered(f, cold) if predictor == "tangent" else cold
     points: list[PathPoint] = []
     position, step, message = 0.0, 1.0, ""
@@ -168,7 +170,8 @@ def track(
             point = steered.begin(L, points[-1].x)  # near a fold the tangent leads out of the valley before it ends
         if point.converged and _jumped(points, point, cold):
             point = replace(point, jumped=True)
-        if adaptive and points and step > _FINEST and (point.jumped or not point.converged):
+        apart = points and math.isinf(points[-1].L)  # between ∞ and the next value there is nothing
+        if adaptive and points and not apart and step > _FINEST and (point.jumped or not point.converged):
             position -= step / 2
             step /= 2
             continue
@@ -178,7 +181,6 @@ def track(
             break
         if position == len(values) - 1:
             break
-        # Between ∞ and the next value there is nothing.
         step = min(1.5 * step, len(values) - 1 - position) if adaptive and not math.isinf(L) else 1.0
         position = min(position + step, len(values) - 1)
     final = points[-1].x.mean(0)
@@ -239,11 +241,13 @@ class _Cold:
             gradient = np.stack([g for _, g in parts]) + gradient
             return sum(v for v, _ in parts) + value, stage.embedding @ gradient.ravel()
 
+        z = stage.reduce(x)
+        began = h(z)[0]
         options = {"gtol": tolerance}
         if self.method == "L-BFGS-B":
             options |= {"ftol": 0.0, "maxiter": 10_000, "maxfun": 100_000}
         with np.errstate(all="ignore"):  # a step into infinity is taken back
-            found = minimize(h, stage.reduce(x), jac=True, method=self.method, options=options)
+            found = minimize(h, z, jac=True, method=self.method, options=options)
         z, steps, (value, gradient) = found.x, found.nit, h(found.x)
         # f's own rounding ends a line search at half the digits; steps that look at the gradient alone go on.
         for _ in range(40):
@@ -265,7 +269,7 @@ class _Cold:
             float(value),
             objective.evaluations - before,
             steps,
-            _stationary(value, largest, tolerance),
+            _stationary(value, began, largest, tolerance),
             False,
         )
 
@@ -277,6 +281,7 @@ class _Steered:
         offset = torch.zeros(1, cold.terms.shape[1], dtype=torch.float64)
         self.cold, self.corrector = cold, Corrector(f, cold.terms, offset, cold.tolerance)
         self.counted = 0
+        self.value = 0.0  # H's, at the last point
 
     @property
     def evaluations(self) -> int:
@@ -289,6 +294,7 @@ class _Steered:
     def begin(self, L: float, x: np.ndarray) -> PathPoint:
         """The minimiser that scipy's BFGS finds from x, whose inverse Hessian is taken over."""
         point = self.cold(L, x)
+        self.value = point.value
         inverse = torch.as_tensor(self.cold.found.hess_inv)[None]
         self.corrector.learn(self.cold.terms.at(L).to(inverse), inverse)
         return point
@@ -302,7 +308,8 @@ class _Steered:
         """The minimiser of H at L that the corrector finds from x."""
         copies, found = self.corrector(torch.as_tensor(x)[None], L, warm=True)
         value, largest = float(found.value), float(found.gradient.abs().max())
-        converged = _stationary(value, largest, self.corrector.tolerance)
+        converged = _stationary(value, self.value, largest, self.corrector.tolerance)
+        self.value = value
         spent, self.counted = self.evaluations - self.counted, self.evaluations
         return PathPoint(L, copies[0].numpy().copy(), value, spent, int(found.steps), converged, False)
 
@@ -333,8 +340,14 @@ def _along_the_curve(curve: Curve, cold: _Cold, x: np.ndarray, values: list[floa
         last = points[-1]
         reached = end >= last.L
         if reached and last.minimum and values[-1] == 0:
-            add(cold(0.0, last.x))
+            point = cold(0.0, last.x)
+            since = next(
+                (i for i in range(len(points) - 1, 0, -1) if points[i - 1].L <= points[i].L), 0
+            )  # the last fold
+            add(replace(point, jumped=point.converged and _jumped(points[since:], point, cold)))
         message = f"followed to L = {points[-1].L:.6g}"
+        if points[-1].jumped:
+            message += ", but the path jumped there"
         if curve.folds:
             message += f" through {'a fold' if len(curve.folds) == 1 else 'folds'} at L = "
             message += ", ".join(f"{fold.L:.6g}" for fold in curve.folds)
@@ -344,14 +357,16 @@ def _along_the_curve(curve: Curve, cold: _Cold, x: np.ndarray, values: list[floa
             message += "; what is there is no minimum"
     final = points[-1].x.mean(0)
     value, _ = cold.objective(final)
-    success = values[-1] >= points[-1].L and points[-1].converged and bool(points[-1].minimum)
+    success = values[-1] >= points[-1].L and points[-1].converged and bool(points[-1].minimum) and not points[-1].jumped
     spent = cold.objective.evaluations + curve.evaluations
     return PathResult(final, value, points, spent, cold.steps + curve.steps, success, message, curve.folds)
 
 
-def _stationary(value: float, gradient: float, tolerance: float) -> bool:
-    """Whether H's gradient, by its largest element, is as small as the tolerance or rounding allow."""
-    return math.isfinite(value) and gradient <= max(tolerance, 1e-6 * max(1.0, abs(value)))
+def _stationary(value: float, began: float, gradient: float, tolerance: float) -> bool:
+    """Whether H's gradient, by its largest element, is as small as the tolerance or rounding allow. Rounding is that of the
+    value, but not of one that ran away from where the corrector began."""
+    size = min(abs(value), 1 + abs(began))
+    return bool(math.isfinite(value) and gradient <= max(tolerance, 1e-6 * max(1.0, size)))
 
 
 def _jumped(points: list[PathPoint], point: PathPoint, correct: Callable[[float, np.ndarray], PathPoint]) -> bool:
@@ -373,11 +388,13 @@ def _jumped(points: list[PathPoint], point: PathPoint, correct: Callable[[float,
 def _suspicious(points: list[PathPoint], x: np.ndarray, L: float) -> bool:
     """Whether the move to x is visible, and out of proportion to those before it (per step of log L)."""
     finite = [point for point in points if not math.isinf(point.L)]
-    if len(finite) < 3:
+    if not finite:
         return False
+    distance = np.linalg.norm(x - finite[-1].x)
+    size = 1 + np.linalg.norm(x) / math.sqrt(len(x))
+    if len(finite) < 3:  # too few to say what is in proportion
+        return bool(distance > 0.5 * size)
     steps = [math.log(a.L / b.L) for a, b in itertools.pairwise(finite)]
     moves = [np.linalg.norm(b.x - a.x) / s for (a, b), s in zip(itertools.pairwise(finite), steps, strict=True)]
     step = math.log(finite[-1].L / L) if L > 0 else steps[-1]
-    distance = np.linalg.norm(x - finite[-1].x)
-    visible = distance > 0.05 * (1 + np.linalg.norm(x) / math.sqrt(len(x)))
-    return bool(visible and distance / step > SUSPICIOUS * np.median(moves[-5:]))
+    return bool(distance > 0.05 * size and distance / step > SUSPICIOUS * np.median(moves[-5:]))

@@ -179,9 +179,12 @@ def resumed(folder: Path, given: dict[str, Any]) -> Settings:
 
 
 def evaluated(file: Path, given: dict[str, Any]) -> Settings:
-    """Those of the run that made the file, where its config.json lies beside it, and what is given."""
+    """Those of the run that made the file, where its config.json lies beside it (else a recipe's), and what is given."""
     config = file.with_name("config.json") if file.name else file
-    return replace(_configuration(config) if config.is_file() else Settings(), **given)
+    if not config.is_file():
+        return replace(RECIPES.get(given.get("recipe", "none"), Settings()), **given)
+    seed = re.search(r"-seed(\d+)(-\w+)?$", file.stem)  # by which its images were drawn
+    return replace(_configuration(config), **({"seed": int(seed[1])} if seed else {}) | given)
 
 
 def _configuration(file: Path) -> Settings:
@@ -247,7 +250,7 @@ def train(terminal: Terminal, settings: Settings, given: dict[str, Any], new: bo
                 sys.stdout.flush()
                 os._exit(FAILURE)  # the group's threads, which wait for those that are gone, would abort an orderly end
             if trainer is None and isinstance(error, ValueError | OSError):
-                terminal.fail(error)
+                terminal.fail(typed(str(error)) if isinstance(error, ValueError) else error)
             what = "no memory left: it takes less with a smaller --batch-size" if _no_memory(error) else error
             expected = isinstance(error, OSError) or what is not error
             if what is not error and team.group is not None:  # others do not know of it

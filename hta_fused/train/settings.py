@@ -159,6 +159,10 @@ class Settings:
         for name, most in ({name: MOST for name in (*counts, "decoupled")} | limits).items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+        if self.seed + self.seeds > 2**32:
+            raise ValueError(
+                f"seed must be at most {2**32 - self.seeds} where there are {self.seeds} seeds, got {self.seed}"
+            )
         if not self.warmup < self.epochs:
             raise ValueError(f"warmup must be under epochs, {self.epochs}, got {self.warmup}")
         for name in ("momentum", "outer_momentum"):
