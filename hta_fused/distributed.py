@@ -255,6 +255,8 @@ class StepAcross:
         known = self._known
         pieces = self.processes.pieces(len(params), seed is not None)  # a hash of an element's number knows no pieces
         sending: list[Sending] = []
+        if known is not None:
+            keep = params.new_ones(1) if found_inf is None else (found_inf.reshape(1) == 0).to(params)
         ignored = torch.zeros_like(stats)
         for part in pieces:
             mine = self._sums[part]
@@ -262,7 +264,6 @@ class StepAcross:
             if known is None:
                 sending.append(self.processes.add_up(mine))
             else:
-                keep = params.new_ones(1) if found_inf is None else (found_inf.reshape(1) == 0).to(params)
                 sending.append(SendingChange(self.processes, mine, known[part], keep))
         # The few torch calls that are left out for a single piece cost more than its share: their code is cold.
         of_pieces = stats.new_zeros(len(pieces), 4) if len(pieces) > 1 else [stats]

@@ -275,12 +275,10 @@ class FlatCopies(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         grads, masters = state["grads"], state["params"]
         super().__setstate__(state)
+        for parameters, row in zip(self.trained, grads, strict=True):  # which _bind takes
+            for parameter, view in zip(parameters, self.layout.views(row), strict=True):
+                parameter.grad = view.to(parameter.dtype)
         self._bind(grads.new_empty(0, dtype=self.trained[0][0].dtype) if masters is None else masters, masters)
-        self.grads.copy_(grads)
-        for parameters, views in zip(self.trained, self._grad_views, strict=True):
-            for parameter, view in zip(parameters, views, strict=True):
-                if parameter.dtype != view.dtype:
-                    parameter.grad = view.to(parameter.dtype)
 
     @torch.no_grad()
     def rebind(self) -> None:

@@ -416,15 +416,10 @@ class Replicas(FlatCopies):
         for parameter, *frozen in zip(merged.parameters(), *(net.parameters() for net in self.copies), strict=True):
             if id(frozen[0]) in trained or not parameter.is_floating_point():
                 continue
-            if not all(torch.equal(frozen[0], other) for other in frozen[1:]):
-                parameter.copy_(torch.stack(frozen).mean(0))
+            _take_mean(parameter, frozen)
         for buffer, *same in zip(merged.buffers(), *(net.buffers() for net in self.copies), strict=True):
             if buffer.is_floating_point():
-                rows = list(self.processes.gather(same[0])) if self.processes else same
-                if not all(torch.equal(rows[0], other) for other in rows[1:]):  # a mask's mean may overflow
-                    buffer.copy_(
-                        torch.stack([row.to(torch.promote_types(row.dtype, torch.half)) for row in rows]).mean(0)
-                    )
+                _take_mean(buffer, list(self.processes.gather(same[0])) if self.processes else same)
         if loader is not None:
             update_bn(loader, merged, device=self.device)
         return merged
@@ -439,6 +434,13 @@ class Replicas(FlatCopies):
                 f"batches must be none, one for all copies or one for each of {len(self)}, got {len(batches)}"
             )
         return [(batch,) for batch in batches] if len(batches) > 1 else [batches] * len(self)
+
+
+def _take_mean(merged: Tensor, rows: Sequence[Tensor]) -> None:
+    """Puts the mean of the rows there, unless all are equal: a mask's mean may overflow."""
+    if not all(torch.equal(rows[0], other) for other in rows[1:]):
+        wide = torch.promote_types(rows[0].dtype, torch.half)  # of eight bits there is no sum
+        merged.copy_(torch.stack([row.to(wide) for row in rows]).mean(0))
 
 
 def _one(loss: Any) -> Tensor:

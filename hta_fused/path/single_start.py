@@ -232,22 +232,23 @@ class _Cold:
             from scipy.optimize import minimize
 
         stage, objective, tolerance = self.terms.at(L), self.objective, self.tolerance
-        before = objective.evaluations
+        before, began = objective.evaluations, math.nan  # H's value at x, once it is known
 
         def h(z: np.ndarray) -> tuple[float, np.ndarray]:
+            nonlocal began
             copies = stage.expand(z)
             value, gradient = stage.value_and_gradient(copies)
             parts = [objective(copy) for copy in copies]
             gradient = np.stack([g for _, g in parts]) + gradient
-            return sum(v for v, _ in parts) + value, stage.embedding @ gradient.ravel()
+            value += sum(v for v, _ in parts)
+            began = value if math.isnan(began) else began
+            return value, stage.embedding @ gradient.ravel()
 
-        z = stage.reduce(x)
-        began = h(z)[0]
         options = {"gtol": tolerance}
         if self.method == "L-BFGS-B":
             options |= {"ftol": 0.0, "maxiter": 10_000, "maxfun": 100_000}
         with np.errstate(all="ignore"):  # a step into infinity is taken back
-            found = minimize(h, z, jac=True, method=self.method, options=options)
+            found = minimize(h, stage.reduce(x), jac=True, method=self.method, options=options)
         z, steps, (value, gradient) = found.x, found.nit, h(found.x)
         # f's own rounding ends a line search at half the digits; steps that look at the gradient alone go on.
         for _ in range(40):
@@ -341,10 +342,9 @@ def _along_the_curve(curve: Curve, cold: _Cold, x: np.ndarray, values: list[floa
         reached = end >= last.L
         if reached and last.minimum and values[-1] == 0:
             point = cold(0.0, last.x)
-            since = next(
-                (i for i in range(len(points) - 1, 0, -1) if points[i - 1].L <= points[i].L), 0
-            )  # the last fold
-            add(replace(point, jumped=point.converged and _jumped(points[since:], point, cold)))
+            rises = [i for i, (a, b) in enumerate(itertools.pairwise(points), 1) if a.L <= b.L]
+            falling = points[rises[-1] if rises else 0 :]  # since the last fold
+            add(replace(point, jumped=point.converged and _jumped(falling, point, cold)))
         message = f"followed to L = {points[-1].L:.6g}"
         if points[-1].jumped:
             message += ", but the path jumped there"

@@ -137,7 +137,7 @@ def typed(message: str) -> str:
 
 def anew(given: dict[str, Any]) -> Settings:
     """A new run's."""
-    settings = replace(RECIPES.get(given.get("recipe", "none"), Settings()), **given)
+    settings = replace(_recipe(given), **given)
     if settings.out is not None:
         return settings
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -182,9 +182,13 @@ def evaluated(file: Path, given: dict[str, Any]) -> Settings:
     """Those of the run that made the file, where its config.json lies beside it (else a recipe's), and what is given."""
     config = file.with_name("config.json") if file.name else file
     if not config.is_file():
-        return replace(RECIPES.get(given.get("recipe", "none"), Settings()), **given)
+        return replace(_recipe(given), **given)
     seed = re.search(r"-seed(\d+)(-\w+)?$", file.stem)  # by which its images were drawn
     return replace(_configuration(config), **({"seed": int(seed[1])} if seed else {}) | given)
+
+
+def _recipe(given: dict[str, Any]) -> Settings:
+    return RECIPES.get(given.get("recipe", "none"), Settings())
 
 
 def _configuration(file: Path) -> Settings:

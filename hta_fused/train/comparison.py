@@ -88,8 +88,7 @@ class Trainer:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.images = self._load_images()
-        if settings.train_images:
-            self.images.drawn(settings.train_images, settings.seed, settings.validate)  # raises where there are too few
+        self.tested = self.images.tested(settings.train_images, settings.validate)
         self.fingerprint = self.images.fingerprint()
         self.jobs = jobs(settings)
         self.rows: list[dict[str, Any]] = []
@@ -312,17 +311,11 @@ class Trainer:
             summary = json.loads((self.out / "summary.json").read_text())
         else:
             save_atomically(self.out / "curves.png", lambda path: curves(self.rows, path))
-            summary = summarise(self.rows, self.settings, self.fingerprint, self._tested())
+            summary = summarise(self.rows, self.settings, self.fingerprint, self.tested)
             write_json(self.out / "summary.json", summary)
-        summary.setdefault("test_images", self._tested())  # version 0.1 did not say
+        summary.setdefault("test_images", self.tested)  # version 0.1 did not say
         words = in_words(summary, self.out, f"{self.jobs[-1].name}.pt", called("hta-train"))
         self.report(f"\n{table(summary)}\n\n{words}")
-
-    def _tested(self) -> int:
-        """How many images a run is tested on."""
-        s, images = self.settings, self.images
-        left = len(images.train) - s.train_images if s.validate else len(images.test)
-        return min(left, len(images.test))
 
 
 def _nothing(*_: Any) -> None:

@@ -54,6 +54,19 @@ class Images:
             digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
+    def tested(self, count: int, validate: bool) -> int:
+        """How many images there are to test on where `count` training images are `drawn`.
+
+        Raises:
+            ValueError: as there.
+        """
+        total = len(self.train)
+        if count > total - validate:
+            raise ValueError(
+                f"train_images must be at most {total - validate}{' to leave some to validate on' * validate}, got {count}"
+            )
+        return min(total - count, len(self.test)) if validate else len(self.test)
+
     def drawn(self, count: int, seed: int, validate: bool = False) -> "Images":
         """`count` of the training images, drawn by `seed`. With `validate` as many others as there are test images, or all
         that are left, stand in for these.
@@ -61,15 +74,11 @@ class Images:
         Raises:
             ValueError: there are fewer, or none are left to validate on.
         """
-        total = len(self.train)
-        if count > total - validate:
-            raise ValueError(
-                f"train_images must be at most {total - validate}{' to leave some to validate on' * validate}, got {count}"
-            )
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(mixed(seed)), device="cpu")
+        tested = self.tested(count, validate)
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(mixed(seed)), device="cpu")
         own = replace(self, train=self.train[order[:count]], train_labels=self.train_labels[order[:count]])
         if validate:
-            others = order[count : count + len(self.test)]
+            others = order[count : count + tested]
             own.test, own.test_labels = self.train[others], self.train_labels[others]
         return own
 
