@@ -127,6 +127,7 @@ class CoupledOptimizer(FlatState):
         self._step_was = 0.0
         self._shown: list[Tensor] = []  # in `state`, ours
         self._known: Any = None  # what the rules on the device were made from
+        self._values = _numbers([])  # these rules, on the CPU
         self._planned: Tensor | None = None
         self._made: list[tuple[Proposal, Coupling]] = []  # of each group, as the rules were made of
         self._momenta: list[float] | None = None  # of each group; unknown where what its buffer holds is not ours
@@ -365,14 +366,19 @@ class CoupledOptimizer(FlatState):
         settings = [self._group_settings(group) for group in self.param_groups]
         changed = self._known is None or settings != self._known[0]
         made = [self._made_of(group) for group in self.param_groups] if changed else self._made
-        # What of the step's number the rules depend on: AdamW's on all of it, SGD's on whether a period ends.
-        clock = [step % coupling.every == 0 if isinstance(proposal, SGD) else step for proposal, coupling in made]
-        known = (settings, clock)
+        # A coupling's rules depend on whether a period ends, AdamW's numbers on the step.
+        ends = [step % coupling.every == 0 for _, coupling in made]
+        known = (settings, ends, [0 if isinstance(proposal, SGD) else step for proposal, _ in made])
         if known == self._known:
             return
-        values = self._values_of(made, step)
+        if changed or ends != self._known[1]:
+            values = self._values_of(made, step)
+        else:
+            values = self._values.clone()
+            values[: len(made), :NUMBERS] = _numbers([proposal.numbers(step) for proposal, _ in made])
         if changed:
             self._fit_buffers(made)
+        self._values = values
         if self.rules.is_cuda:
             values = values.pin_memory()  # so that the copy waits for nothing
         if self._across and self._coupling_class is not Parle:
@@ -573,7 +579,7 @@ class CoupledOptimizer(FlatState):
         if not self._frozen:
             return rows
         still = rows.clone()  # each group's row for what is frozen in it
-        still[:, :NUMBERS] = torch.tensor([proposal.frozen_numbers(coupling.explicit) for proposal, coupling in made])
+        still[:, :NUMBERS] = _numbers([proposal.frozen_numbers(coupling.explicit) for proposal, coupling in made])
         return torch.cat([rows, still])
 
     def _params_of_groups(self) -> list[list[int]]:
@@ -740,6 +746,11 @@ class HomotopySGD(CoupledOptimizer):
             replicas, SGD(lr, momentum, weight_decay, nesterov, maximize), Homotopy(L) if mode == "implicit" else Explicit(L),
             groups=groups, skip_nonfinite=skip_nonfinite, capturable=capturable, state_format=state_format, unscale=unscale,
         )  # fmt: skip
+
+
+def _numbers(rows: list[list[float]]) -> Tensor:
+    """Exactly, wherever tensors are made by default."""
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 def _picked(values: Mapping[str, Any], of: Any) -> dict[str, Any]:

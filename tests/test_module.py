@@ -513,6 +513,43 @@ def test_a_frozen_parameter_is_moved_by_the_coupling_alone(proposal, coupling):
         assert not torch.equal(layout.views(replicas.params[0])[moved], layout.views(before[0])[moved])
 
 
+def test_a_frozen_parameter_moves_exactly_in_float64():
+    replicas = hta.Replicas(torch.nn.Linear(3, 3).double(), copies=2, partition={})
+    optimizer = hta.CoupledOptimizer(replicas, hta.SGD(0.1), hta.Explicit(0.7))
+    for net in replicas:
+        net.weight.requires_grad_(False)
+    with torch.no_grad():
+        replicas.params.copy_(torch.randn_like(replicas.params))
+    theta, eta = (net.weight.clone() for net in replicas)
+    optimizer.step()
+    assert relative_error(replicas.theta.weight, theta - 0.1 * 2 * (theta - eta) / 0.7) < 1e-14
+
+
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_rules_kept_between_steps_are_those_made_anew(proposal):
+    """A period's ends, groups, what is frozen, and settings that change on the way."""
+    kept, anew = pairs = [
+        hta.CoupledOptimizer(
+            hta.Replicas(Net().double(), 2),
+            PROPOSALS[proposal],
+            hta.Homotopy(0.3, every=3),
+            groups=[{"params": "gain", "lr": 0.02}],
+        )
+        for _ in range(2)
+    ]
+    for step in range(12):
+        for optimizer in pairs:
+            if step == 5:
+                for net in optimizer.replicas:
+                    net.conv.requires_grad_(False)
+            if step == 8:
+                optimizer.param_groups[1]["L"] = 0.1
+        anew._known = None
+        for optimizer in pairs:
+            optimizer.step()
+        assert torch.equal(kept.rules, anew.rules), step
+
+
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_a_frozen_parameter_of_copies_that_agree_stays(proposal):
     optimizer = pair(2, proposal, hta.Homotopy(math.inf))
