@@ -137,13 +137,16 @@ struct Batch {
 // issued before the first is used. Pairs under SGD get 64 registers: four blocks, a copy at a time.
 template <class T, class P, int kCopies>
 constexpr bool kSmall = sizeof(T) == 4 && kCopies == 2 && P::kStates == 1;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 700
-constexpr bool kPascal = true;  // whose code needs more registers
+#ifdef __CUDA_ARCH__
+constexpr int kArch = __CUDA_ARCH__;
 #else
-constexpr bool kPascal = false;
+constexpr int kArch = 800;
 #endif
+// Kernels of formats that need more than 128 registers: all of Pascal's, and those for any number of copies on Blackwell.
+template <class P, int kCopies, bool kExplicit>
+constexpr bool kAlone = kArch < 700 || (kArch >= 1000 && kCopies == 0) || (kExplicit && P::kStates > 1);
 template <class T, class G, class P, int kCopies, bool kExplicit>
-constexpr int kBlocks = kInFormats<T> ? (kPascal || (kExplicit && P::kStates > 1) ? 1 : 2) : kSmall<T, P, kCopies> ? (sizeof(G) == sizeof(T) ? 4 : 3) : 2;
+constexpr int kBlocks = kInFormats<T> ? (kAlone<P, kCopies, kExplicit> ? 1 : 2) : kSmall<T, P, kCopies> ? (sizeof(G) == sizeof(T) ? 4 : 3) : 2;
 template <class T, class P, int kCopies>
 constexpr int kTogether = kCopies == 0 || kSmall<T, P, kCopies> || kInFormats<T> ? 1 : kCopies == 2 ? 2 : (kCopies == 4 ? 4 : 2) / P::kStates;
 
