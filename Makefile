@@ -22,9 +22,9 @@ PYTHON ?= python3
 train: $(READY)
 	$(BIN)/hta-train $(ARGS)
 
-# Two files at a time, a thread each: two pools of threads on the same cores would slow each other down tenfold.
+# Two tests at a time, a thread each: two pools of threads on the same cores would slow each other down tenfold.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: $(READY)
 	for what in ops step copies formats memory scaling train concurrent distributed; do $(BIN)/hta-bench $$what --out $(RESULTS) $(ARGS) || exit 1; done
