@@ -127,7 +127,7 @@ class CoupledOptimizer(FlatState):
         self._step_was = 0.0
         self._shown: list[Tensor] = []  # in `state`, ours
         self._known: Any = None  # what the rules on the device were made from
-        self._values = _numbers([])  # these rules, on the CPU
+        self._rules_known = _numbers([])  # these rules, on the CPU
         self._planned: Tensor | None = None
         self._made: list[tuple[Proposal, Coupling]] = []  # of each group, as the rules were made of
         self._momenta: list[float] | None = None  # of each group; unknown where what its buffer holds is not ours
@@ -374,11 +374,11 @@ class CoupledOptimizer(FlatState):
         if changed or ends != self._known[1]:
             values = self._values_of(made, step)
         else:
-            values = self._values.clone()
+            values = self._rules_known.clone()
             values[: len(made), :NUMBERS] = _numbers([proposal.numbers(step) for proposal, _ in made])
         if changed:
             self._fit_buffers(made)
-        self._values = values
+        self._rules_known = values
         if self.rules.is_cuda:
             values = values.pin_memory()  # so that the copy waits for nothing
         if self._across and self._coupling_class is not Parle:

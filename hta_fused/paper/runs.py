@@ -146,11 +146,13 @@ def settings_in_words(scale: Scale) -> str:
 
 
 def curves_csv(curves: Mapping[str, Curve]) -> list[Row]:
-    """Every epoch of every run, for a CSV."""
-    keys = ("epoch", "copies", "L", "lr", "train_loss", "test_loss", "test_accuracy")
+    """Every epoch of every run, for a CSV; empty where only other runs have an average of their weights."""
+    runs = [(name, rows) for name, curve in curves.items() for rows in curve.seeds]
+    of_averages = [f"test_{what}_{name}" for name in ("ema", "swa") for what in ("loss", "accuracy")]
+    keys = ["epoch", "copies", "L", "lr", "train_loss", "test_loss", "test_accuracy"]
+    keys += [key for key in of_averages if any(key in row for _, rows in runs for row in rows)]
     return [
-        {"method": name, "seed": rows[0]["seed"]} | {key: row[key] for key in keys}
-        for name, curve in curves.items()
-        for rows in curve.seeds
+        {"method": name, "seed": rows[0]["seed"]} | {key: row.get(key) for key in keys}
+        for name, rows in runs
         for row in rows
     ]
