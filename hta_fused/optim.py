@@ -19,11 +19,12 @@ from . import couplings
 from .checks import flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy, Parle
 from .distributed import StepAcross
+from .groups import check_coupling, check_together, coupling_settings, picked, settings_of, split
 from .kernels.reference import NUMBERS, PROPOSE, RULE, SHARE, arithmetic
 from .ops import as_scalar, fakes, rules_of, step_buffers
 from .proposals import SGD, Proposal
 from .replicas import Replicas
-from .state import STATE_FORMATS, FlatState, check_foreign, coupling_settings, settings_of, steps_of
+from .state import STATE_FORMATS, FlatState, check_foreign, steps_of
 
 
 class StepStats(NamedTuple):
@@ -133,12 +134,12 @@ class CoupledOptimizer(FlatState):
         self._momenta: list[float] | None = None  # of each group; unknown where what its buffer holds is not ours
         self._warned = False
         self._index_of = {id(p): i for i, p in enumerate(replicas.trained[0])}  # in the layout, by copy 0's parameter
-        _check_coupling(coupling, replicas)
+        check_coupling(coupling, replicas)
         defaults = {**settings_of(proposal), "dampening": 0.0, **coupling_settings(coupling)}
         if not isinstance(proposal, SGD):
             del defaults["dampening"]
         self._coupling_class = type(coupling)
-        super().__init__(self._split(groups), defaults)
+        super().__init__(split(groups, replicas), defaults)
         self._grouped = self._params_of_groups()
         self._write_codes()
         # What the kernels read, a row for each group; see csrc/args.h.
@@ -161,7 +162,7 @@ class CoupledOptimizer(FlatState):
     @coupling.setter
     @_disable_dynamo  # else a compiled function would be compiled anew for each value
     def coupling(self, value: Coupling) -> None:
-        _check_coupling(value, self.replicas)
+        check_coupling(value, self.replicas)
         self._take_edits()
         old, new = coupling_settings(self.coupling), coupling_settings(value)
         for group in self.param_groups:
@@ -185,7 +186,7 @@ class CoupledOptimizer(FlatState):
     def L(self, value: float) -> None:
         _ = self.L
         for group in self.param_groups:
-            _check_coupling(replace(self._coupling_of(group), L=value), self.replicas)  # type: ignore[call-arg]
+            check_coupling(replace(self._coupling_of(group), L=value), self.replicas)  # type: ignore[call-arg]
         for group in self.param_groups:
             group["L"] = value
         if self.capturable:
@@ -515,7 +516,7 @@ class CoupledOptimizer(FlatState):
     def _kind(self) -> tuple[bool, bool]:
         """Whether the coupling is explicit, which all groups must agree in, and whether it moves the anchor."""
         of_groups = [self._coupling_of(group) for group in self.param_groups]
-        _check_together("param_groups", of_groups, self.replicas)
+        check_together("param_groups", of_groups, self.replicas)
         return of_groups[0].explicit, any(coupling.moves_anchor for coupling in of_groups)
 
     def _buffer_names(self) -> list[str]:
@@ -525,7 +526,7 @@ class CoupledOptimizer(FlatState):
 
     def _proposal_of(self, group: Mapping[str, Any], **changed: Any) -> Proposal:
         values = {**group, **changed}
-        own = _picked(values, self.proposal)
+        own = picked(values, self.proposal)
         if isinstance(own["lr"], Tensor):  # which may change in place
             own["lr"] = number("lr", own["lr"])
         if values.get("dampening"):
@@ -546,8 +547,8 @@ class CoupledOptimizer(FlatState):
                 steps_of("steps", group["steps"])
             check_foreign(group)
             self._proposal_of(group)
-            made.append(of(**_picked(group, of)))
-        _check_together(name, made, self.replicas)
+            made.append(of(**picked(group, of)))
+        check_together(name, made, self.replicas)
 
     def _coupling_of(self, group: Mapping[str, Any], **changed: Any) -> Coupling:
         values = {**group, **changed}
@@ -556,7 +557,7 @@ class CoupledOptimizer(FlatState):
             raise ValueError(
                 f"coupling of param_groups must stay {name!r}, got {shown(values['coupling'])}; assign .coupling instead"
             )
-        return self._coupling_class(**_picked(values, self._coupling_class))
+        return self._coupling_class(**picked(values, self._coupling_class))
 
     def _group_settings(self, group: Mapping[str, Any]) -> list[Any]:
         return [
@@ -653,44 +654,6 @@ class CoupledOptimizer(FlatState):
         """How many copies one call of the kernel couples."""
         return 1 if self._coupling_class is Parle else self.replicas.count
 
-    def _split(self, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """torch's param_groups from ours: the rest first, then each of `groups`; copy 0's parameters, then copy 1's, …"""
-        names, rows = self.replicas.layout.names, self.replicas.trained
-        taken: set[int] = set()
-        result = []
-        if isinstance(groups, str | Mapping) or not isinstance(groups, Iterable):
-            raise TypeError(f"groups must be a list of dicts, got {shown(groups)}")
-        for group in groups:
-            if not isinstance(group, Mapping) or "params" not in group:
-                raise TypeError(f"groups must hold dicts with 'params', got {shown(group)}")
-            wanted = group["params"]
-            if not (callable(wanted) or isinstance(wanted, str | Tensor | Iterable)):
-                raise TypeError(f"params of a group must be a function, names or parameters, got {shown(wanted)}")
-            if callable(wanted):
-                indices = [i for i, name in enumerate(names) if wanted(name)]
-            else:
-                indices = []
-                for item in [wanted] if isinstance(wanted, str | Tensor) else wanted:
-                    if isinstance(item, str) and item in names:
-                        indices.append(names.index(item))
-                    elif isinstance(item, Tensor) and id(item) in self._index_of:
-                        indices.append(self._index_of[id(item)])
-                    else:
-                        what = f"a tensor of shape {tuple(item.shape)}" if isinstance(item, Tensor) else shown(item)
-                        raise ValueError(
-                            f"groups name {what}, which is no trainable parameter of copy 0; there are {', '.join(names)}"
-                        )
-            if not indices:
-                raise ValueError("groups hold a group whose params match no parameter")
-            if taken & set(indices) or len(set(indices)) < len(indices):
-                raise ValueError(f"groups name {names[min(taken & set(indices) or set(indices))]!r} more than once")
-            taken |= set(indices)
-            result.append({**group, "params": [row[i] for row in rows for i in indices]})
-        rest = [i for i in range(len(names)) if i not in taken]
-        if rest:
-            result.insert(0, {"params": [row[i] for row in rows for i in rest]})
-        return result
-
     def _warn_if_unstable(self) -> None:
         if self._coupling_class is not Explicit or self._warned or not isinstance(self.proposal, SGD):
             return
@@ -751,37 +714,6 @@ class HomotopySGD(CoupledOptimizer):
 def _numbers(rows: list[list[float]]) -> Tensor:
     """Exactly, wherever tensors are made by default."""
     return torch.tensor(rows, dtype=torch.float64, device="cpu")
-
-
-def _picked(values: Mapping[str, Any], of: Any) -> dict[str, Any]:
-    """The settings of a proposal or coupling among those of a group."""
-    for f in fields(of):
-        if f.name not in values:
-            raise ValueError(f"{f.name} is missing in param_groups")
-    return {f.name: values[f.name] for f in fields(of)}
-
-
-def _check_together(name: str, of_groups: Sequence[Coupling], replicas: Replicas) -> None:
-    """Refuses couplings of groups, all of one class, that one step cannot do."""
-    for coupling in of_groups:
-        _check_coupling(coupling, replicas)
-    if len({coupling.explicit for coupling in of_groups}) > 1:
-        raise ValueError(f"mode must be the same in all {name}, got 'implicit' and 'explicit'")
-    if isinstance(of_groups[0], Parle):  # whose points move together
-        for key in ("eta", "rho", "every"):
-            values = sorted({getattr(coupling, key) for coupling in of_groups})
-            if len(values) > 1:
-                raise ValueError(f"{key} of Parle must be the same in all {name}, got {', '.join(map(str, values))}")
-
-
-def _check_coupling(coupling: Coupling, replicas: Replicas) -> None:
-    if not isinstance(coupling, Coupling):
-        raise TypeError(f"coupling must be one of {', '.join(couplings.BY_NAME)}, got {type(coupling).__name__}")
-    coupling.rules(replicas.count, 1.0, coupling.every)  # raises for what this number of copies cannot have
-    if coupling.moves_anchor and replicas.anchor is None:
-        raise ValueError(
-            f"coupling {type(coupling).__name__} moves the anchor, which is zero in these Replicas; pass anchor='init'"
-        )
 
 
 def _any_nonfinite(grads: Tensor) -> Tensor | bool:

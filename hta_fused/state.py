@@ -1,11 +1,10 @@
 """An optimizer's state over flat buffers: shown in torch's own layout, and whatever is done to it there is what counts.
 
-Owns the buffers' meaning, and no arithmetic. Imports checks.py, couplings.py, kernels/formats.py, proposals.py and replicas.py.
+Owns the buffers' meaning, and no arithmetic. Imports checks.py, couplings.py, groups.py, kernels/formats.py, proposals.py and replicas.py.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from itertools import chain
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from . import couplings
 from .checks import number, shown
 from .couplings import Coupling, Parle
+from .groups import coupling_settings, settings_of
 from .kernels.formats import SCALED, packed, unpack
 from .proposals import SGD, Proposal
 from .replicas import Replicas
@@ -419,12 +419,3 @@ def check_foreign(saved: Mapping[str, Any]) -> None:
         raise ValueError("state_dict has dampening or amsgrad set, which this optimizer does not have")
     if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay"):
         raise ValueError("state_dict has the weight_decay of torch.optim.Adam, not of AdamW: it must be 0")
-
-
-def settings_of(of: Proposal | Coupling) -> dict[str, Any]:
-    """Its fields, as param_groups hold them."""
-    return {f.name: getattr(of, f.name) for f in fields(of)}
-
-
-def coupling_settings(coupling: Coupling) -> dict[str, Any]:
-    return {"coupling": type(coupling).__name__, **settings_of(coupling)}

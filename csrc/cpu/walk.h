@@ -1,10 +1,10 @@
 // The CPU kernels over a range of tiles. Included by kernels.cpp once per instruction set; hence no include guard, and
 // no includes: the compiler's target is set around it.
 //
-// Two ways through the same arithmetic. Up to four copies are stepped together, element by element, in registers. More
-// are walked row by row through a block of kBlock tiles, while the sum s and what else the copies share waits in the
-// cache: one loop serves any number of copies, has no more streams than one copy has buffers, and can be cut at s. What
-// its second pass over a block reads again is still in the cache.
+// Two ways through the same arithmetic. Up to four copies, and eight, are stepped together, element by element, in
+// registers. Others are walked row by row through a block of kBlock tiles, while the sum s and what else the copies share
+// waits in the cache: one loop serves any number of copies, has no more streams than one copy has buffers, and can be cut
+// at s. What its second pass over a block reads again is still in the cache.
 namespace hta::cpu::HTA_ISA {
 
 // One register of elements, kBytes wide (kernels.cpp sets HTA_BYTES beside HTA_ISA).
