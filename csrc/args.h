@@ -65,9 +65,9 @@ struct StepArgs {
 // copies: overwritten; states: one row for each copy, or two (the second rows after all first), or null; low: the new
 // copies again, in the gradients' type, or null; anchor: null is zero; centre: what moves with the sum, such as the
 // anchor itself, or null; sums: s, where a phase is done alone, else null; grad_scale: what gradients are divided by; found_inf: not 0: the
-// step is skipped. partial, nonfinite, guard are the GPU's own: two sums from each block; the flag of a gradient that
-// is not finite; whether that flag is set beforehand, and skips the step. The rest is for Packed, whose T* lead to what
-// the formats say: corrections of split copies, the states' scales, one for each kScaled elements; noise: a number of this
+// step is skipped. partial, nonfinite, guard are the GPU's own: two sums from each block; two flags of a gradient that is
+// not finite, as it comes and as it is once scaled; whether the first is set beforehand, and skips the step. The rest is
+// for Packed, whose T* lead to what the formats say: corrections of split copies, the states' scales, one for each kScaled elements; noise: a number of this
 // step's own for what is rounded at random.
 
 // The rows of Packed arguments. Of two states the second is a square.

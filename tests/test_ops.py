@@ -192,6 +192,22 @@ def test_without_the_guard_a_bad_gradient_is_reported(backend):
     assert tensors[1].isnan().sum() == 1
 
 
+@pytest.mark.parametrize("guard", [True, False])
+def test_a_gradient_that_its_scale_takes_out_of_range_spoils_its_own_element_only(backend, guard):
+    """The guard looks at gradients as they come; that one is infinite once divided is said, and skips no part of the step."""
+    tensors = buffers(70_000, torch.float32)[:6]  # several blocks on a GPU
+    tensors[2][5] = 3e38
+    before = tensors[0].clone()
+    stats = torch.zeros(4, dtype=torch.float64)
+    hta.homotopy_step_(
+        *tensors, None, None, L=math.inf, lr=0.1, momentum=0.9, grad_scale=0.5, stats=stats, skip_nonfinite=guard
+    )
+    assert stats[2:].tolist() == [1, 0]
+    assert tensors[0][5].isnan() or tensors[0][5].isinf()
+    assert tensors[0].isfinite().sum() == 69_999
+    assert (tensors[0] != before).sum() > 69_000
+
+
 def test_found_inf_skips_the_step(backend):
     tensors = buffers(100, torch.float32)[:6]
     before = tensors[0].clone()

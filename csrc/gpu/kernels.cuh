@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, G, P, kCopies, kExplicit>
     }
   });
   if (skip) return;
-  if (poison != poison) *args.nonfinite = 1;  // every thread that finds one writes the same
+  if (poison != poison) args.nonfinite[1] = 1;  // every thread that finds one writes the same; no block of this kernel reads it
   leave_sums(args.partial, anchored, pairs);
 }
 
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, 2) step_end_kernel(const StepArgs<T,
   if (threadIdx.x != 0) return;
   args.stats[0] = sums[0];
   args.stats[1] = sums[1];
-  args.stats[2] = *args.nonfinite ? 1 : 0;
+  args.stats[2] = args.nonfinite[0] || args.nonfinite[1] ? 1 : 0;
 }
 
 // ------------------------------------------------------------------------------------------------------------- penalty

@@ -37,7 +37,7 @@ const char* step(StepArgs<T, G> args, double* scratch, void* stream) {
   args.nonfinite = reinterpret_cast<int32_t*>(scratch);
   args.partial = scratch + 1;
   args.guard = args.guard && (args.phase & kPropose);
-  cudaMemsetAsync(args.nonfinite, 0, sizeof(int32_t), static_cast<cudaStream_t>(stream));
+  cudaMemsetAsync(args.nonfinite, 0, 2 * sizeof(int32_t), static_cast<cudaStream_t>(stream));
   if (args.guard) launch(guard_kernel<T, G>, blocks(args.n), args, stream);
   launch(args.proposal == kAdamW ? step_kernel_for<T, G, AdamW>(args) : step_kernel_for<T, G, Sgd>(args), blocks(args.n),
          args, stream);

@@ -303,7 +303,7 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
           proposal, explicit_mode, skip_nonfinite, phase, corrections, scales, noise) -> None:  # fmt: skip
     """See reference.step_; launch.cu is this in C++."""
     m, n, blocks = _shape(copies)
-    scratch = torch.zeros(1 + 2 * blocks, dtype=torch.float64, device=stats.device)  # the flag, then the blocks' sums
+    scratch = torch.zeros(1 + 2 * blocks, dtype=torch.float64, device=stats.device)  # two flags, then the blocks' sums
     guard = bool(skip_nonfinite and phase & PROPOSE)
     args = _filled(
         "StepArgs", copies=copies, grads=grads, states=states, low=low, anchor=anchor, centre=centre, sums=sums,

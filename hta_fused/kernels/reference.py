@@ -130,6 +130,7 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
     if phase & PROPOSE:
         scale = number[0] if grad_scale is None else (1.0 / grad_scale.double()).to(work) * number[0]
         g = [grad.to(work) * scale for grad in grads]
+        finite = torch.stack([finite, *(scaled.isfinite().all() for scaled in g)]).all()
         if explicit_mode:
             quadratic, s = quadratic_gradients(x, z, rule), sum(rule[i, 0] * x[i] for i in range(m))
             g = [a + b for a, b in zip(g, quadratic, strict=True)]

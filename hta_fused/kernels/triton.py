@@ -233,7 +233,8 @@ def step_kernel(
                 write(centre, i, mask, c, bits_of_row(bits, noise, tile, 3 * M, RANDOM), RANDOM)
     tl.store(partial + 2 * program, sum_anchor)
     tl.store(partial + 2 * program + 1, sum_pairs)
-    tl.store(nonfinite, 1, mask=live & (poison != poison))  # every program that finds one writes the same
+    # Every program that finds one writes the same, and none reads it: the guard's flag is the one before.
+    tl.store(nonfinite + 1, 1, mask=live & (poison != poison))
 
 
 @triton.jit
@@ -303,7 +304,9 @@ def step_end_kernel(
     done = ~skip
     tl.store(stats, total(partial, 0, programs, FINISH), mask=done)
     tl.store(stats + 1, total(partial, 1, programs, FINISH), mask=done)
-    tl.store(stats + 2, tl.where(skip | (tl.load(nonfinite) != 0), 1.0, 0.0).to(tl.float64))
+    tl.store(
+        stats + 2, tl.where(skip | (tl.load(nonfinite) != 0) | (tl.load(nonfinite + 1) != 0), 1.0, 0.0).to(tl.float64)
+    )
     tl.store(stats + 3, tl.load(stats + 3) + skip.to(tl.float64))
 
 
@@ -351,7 +354,7 @@ def step_(copies, grads, states, low, anchor, centre, sums, codes, labels, seed,
     x, n, programs = _shape(copies)
     g, state, lows, more, scale_rows = (tuple(rows_of(list_)) for list_ in (grads, states, low, corrections, scales))
     partial = torch.empty(max(1, 2 * programs), dtype=torch.float64, device=stats.device)
-    nonfinite = torch.zeros(1, dtype=torch.int32, device=stats.device)
+    nonfinite = torch.zeros(2, dtype=torch.int32, device=stats.device)
     found, guard = found_inf is not None, bool(skip_nonfinite and phase & PROPOSE)
     with _on(stats):
         if programs and guard:
