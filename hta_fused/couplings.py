@@ -16,6 +16,7 @@ To add a coupling: a class here, about ten lines, and its test. No kernel knows 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -35,8 +36,8 @@ def free_block(copy: int, copies: int) -> int:
 
 @dataclass(frozen=True)
 class Coupling:
-    """What every coupling has: a period. Each `every`-th step couples, as strongly as `every` steps; between, the copies
-    are independent."""
+    """What every coupling has: a period. Each `every`-th step couples; between, the copies are independent, as long as all
+    are finite (0·∞ is NaN). A coupling that acts by the step size couples as strongly then as in `every` steps."""
 
     every: int = field(default=1, kw_only=True)
     moves_anchor: ClassVar[bool] = False
@@ -49,10 +50,11 @@ class Coupling:
 
     def __post_init__(self) -> None:
         field_types(self)
-        if isinstance(self.every, bool) or not (isinstance(self.every, int) and self.every >= 1):
-            raise ValueError(f"every must be a whole number of steps, at least 1, got {shown(self.every)}")
+        if isinstance(self.every, bool) or not (isinstance(self.every, Integral) and 1 <= self.every < 2**63):
+            raise ValueError(f"every must be a whole number of steps, at least 1, got {shown(self.every)}"[:200])
+        object.__setattr__(self, "every", int(self.every))
         if getattr(self, "mode", "implicit") not in ("implicit", "explicit"):
-            raise ValueError(f"mode must be 'implicit' or 'explicit', got {shown(self.mode)}")  # type: ignore[attr-defined]
+            raise ValueError(f"mode must be 'implicit' or 'explicit', got {shown(self.mode)}")
 
     def rules(self, copies: int, step_size: float, step: int = 1) -> Tensor:
         """The rules at step number `step`, the first being 1: float64 [copies + 1 labels, copies + 1, 5] on the CPU."""

@@ -1,7 +1,7 @@
 """The public ops: argument checks around the kernels. Imports checks, kernels, proposals and couplings; knows nothing of models
 or optimizers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
 from operator import itemgetter
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import couplings, proposals
 from .checks import flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy
 from .kernels import kernels, library, reference
 from .kernels.reference import DTYPES, MAX_COPIES
-from .proposals import SGD, Proposal
+from .proposals import SGD, AdamW, Proposal
 
 if TYPE_CHECKING:
     from .partition import Partition
@@ -37,12 +38,14 @@ def rules_of(
     On the CPU, in the dtype that the kernel computes in; csrc/args.h has the layout.
 
     Raises:
-        ValueError: a number is not finite there, or so large that its square is not.
+        ValueError: a number is not finite there, or so large that its square is not; AdamW's eps is 0 there.
     """
     numbers = torch.tensor(proposal.numbers(step), dtype=torch.float64, device="cpu")
     rules = torch.cat([numbers, coupling.rules(copies, proposal.step_size, step).flatten()])
     if _concrete(rules):  # else `checked` does it
         _check_size(rules, dtype, f"{proposal} and {coupling}")
+    if isinstance(proposal, AdamW) and not isinstance(proposal.eps, Tensor) and proposal.eps < torch.finfo(dtype).tiny:
+        raise ValueError(f"eps must be at least {torch.finfo(dtype).tiny:.3g} in {dtype}, got {proposal.eps}")
     return rules.to(dtype)
 
 
@@ -114,7 +117,21 @@ def _sgd_rules(
     return rules_of(SGD(lr, momentum, weight_decay, nesterov), coupling, copies, 1, dtype)[None]
 
 
-_cached_sgd_rules = lru_cache(maxsize=64)(_sgd_rules)
+def _cached(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keeps what was made last, as plain tensors: under inference_mode or a transform of torch.func it would be theirs alone."""
+
+    @lru_cache(maxsize=64)
+    def plain(*arguments: Any) -> Tensor:
+        with torch.inference_mode(False):
+            return make(*arguments)
+
+    def cached(*arguments: Any) -> Tensor:
+        return make(*arguments) if torch._C._are_functorch_transforms_active() else plain(*arguments)
+
+    return cached
+
+
+_cached_sgd_rules = _cached(_sgd_rules)
 
 
 def _homotopy_rules(like: Tensor, L, lr, momentum, weight_decay, nesterov, explicit_mode, copies, dtype) -> Tensor:
@@ -125,14 +142,15 @@ def _homotopy_rules(like: Tensor, L, lr, momentum, weight_decay, nesterov, expli
     return torch.ops.hta_fused.rules(numbers, "SGD", coupling, "", 1, 1, copies, dtype)
 
 
-_cached_rules = lru_cache(maxsize=64)(rules_of)
+_cached_rules = _cached(rules_of)
 
 
 def _rules(like: Tensor, proposal: Proposal, coupling: Coupling, copies: int, step: int, dtype: torch.dtype) -> Tensor:
     if _concrete(like):
         if isinstance(proposal.lr, Tensor):
             proposal = replace(proposal, lr=float(proposal.lr))
-        return _cached_rules(proposal, coupling, copies, step, dtype)[None]
+        known = couplings.BY_NAME.get(type(coupling).__name__) is type(coupling)  # a user's own may be anything
+        return (_cached_rules if known else rules_of)(proposal, coupling, copies, step, dtype)[None]
     name = type(coupling).__name__
     if couplings.BY_NAME.get(name) is not type(coupling):  # a user's own, whose rules the compiler traces
         return rules_of(proposal, coupling, copies, step, dtype)[None]
@@ -213,7 +231,7 @@ def _pattern(
         _check_like("labels", labels, first, torch.uint8)
         if _concrete(labels):
             _check_labels(labels, copies)
-        return None, labels.view(-1), None
+        return None, labels.reshape(-1), None
     if not hasattr(labels, "codes"):
         raise TypeError(f"labels must be a uint8 tensor or a Partition, got {type(labels).__name__}")
     if labels.numel != first.numel():
@@ -257,19 +275,23 @@ def as_scalar(name: str, value: Any, first: Tensor) -> Tensor | None:
     """One of the ops' optional numbers as the tensor that a kernel reads; grad_scale is what gradients are divided by."""
     if value is None:
         return None
+    scale: float | None = None
     if not isinstance(value, Tensor):
-        value = torch.tensor([number(name, value)], dtype=torch.float64, device="cpu")
+        scale = number(name, value)
+        value = torch.tensor([scale], dtype=torch.float64, device="cpu")
     if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{name} must be one float32 or float64 number, got {value.dtype} of shape {tuple(value.shape)}"
         )
-    if name == "grad_scale" and value.device.type == "cpu" and _concrete(value):
-        scale, limits = float(value), torch.finfo(reference.arithmetic(first.dtype))
+    if scale is None and value.device.type == "cpu" and _concrete(value):
+        scale = float(value)
+    if name == "grad_scale" and scale is not None:
+        limits = torch.finfo(reference.arithmetic(first.dtype))
         if not (0 < scale < float("inf") and limits.tiny <= 1 / scale <= limits.max):
             raise ValueError(
                 f"{name} must be positive and finite, as must its reciprocal in {limits.dtype}, got {scale}"
             )
-    return value.to(first.device).contiguous()
+    return value.to(first.device).reshape(1)
 
 
 def _as_stats(stats: Tensor | None, first: Tensor) -> Tensor:
@@ -288,6 +310,13 @@ def _as_stats(stats: Tensor | None, first: Tensor) -> Tensor:
 def _check_apart(written: Mapping[str, Any], read: Mapping[str, Any], names: Mapping[str, str]) -> None:
     """Raises where a contiguous tensor that is written shares memory with another. Both: lists of tensors by name;
     names: what the user calls them."""
+    for name, rows in written.items():
+        for j, row in enumerate(rows):
+            if row is not None and is_traceable_wrapper_subclass(row):
+                shown_name = name if len(rows) == 1 else f"{name}[{j}]"
+                raise TypeError(
+                    f"{names.get(shown_name, shown_name)} must be a plain tensor, got a {type(row).__name__}"
+                )
     spans = [
         (row.data_ptr(), row.data_ptr() + row.nbytes, writes, name, j if len(rows) > 1 else None)
         for rows_by_name, writes in ((written, True), (read, False))

@@ -20,6 +20,7 @@ from .checks import flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy, Parle
 from .distributed import StepAcross
 from .groups import check_coupling, check_together, coupling_settings, picked, settings_of, split
+from .kernels.formats import SCALED, TILE
 from .kernels.reference import NUMBERS, PROPOSE, RULE, SHARE, arithmetic
 from .ops import as_scalar, fakes, rules_of, step_buffers
 from .proposals import SGD, Proposal
@@ -131,7 +132,7 @@ class CoupledOptimizer(FlatState):
         self._rules_known = _numbers([])  # these rules, on the CPU
         self._planned: Tensor | None = None
         self._made: list[tuple[Proposal, Coupling]] = []  # of each group, as the rules were made of
-        self._momenta: list[float] | None = None  # of each group; unknown where what its buffer holds is not ours
+        self._waiting: list[Tensor] = []  # parts of the buffers that are to stay as they are
         self._warned = False
         self._index_of = {id(p): i for i, p in enumerate(replicas.trained[0])}  # in the layout, by copy 0's parameter
         check_coupling(coupling, replicas)
@@ -201,9 +202,11 @@ class CoupledOptimizer(FlatState):
                 [self.replicas.processes.sum(values[0]), values.new_tensor(self.replicas.distance() ** 2), *values[2:]]
             )
         anchor, pairs, _, skipped = values.tolist()
-        coupling, penalty = self.coupling, float("nan")
-        alike = all(self._coupling_of(group) == coupling for group in self.param_groups)
-        coupled = alike and self.steps % coupling.every == 0
+        # Those of the last step, whatever was assigned since.
+        now = self._planned is not None or not self._made
+        of_groups = [self._coupling_of(group) for group in self.param_groups] if now else [c for _, c in self._made]
+        coupling, penalty = of_groups[0], float("nan")
+        coupled = all(c == coupling for c in of_groups) and self.steps % coupling.every == 0
         if anchor == anchor and coupled and isinstance(coupling, Homotopy | Explicit):
             # At the ends of the path a term's factor is infinite where the term itself is 0.
             L = coupling.L
@@ -269,6 +272,7 @@ class CoupledOptimizer(FlatState):
         else:
             self._steps += 1
             self._show_step()
+        waiting = [part.clone() for part in self._waiting]
         if self._coupling_class is Parle:
             self._step_parle(grad_scale)
         elif self._across:
@@ -285,6 +289,8 @@ class CoupledOptimizer(FlatState):
                 corrections=[] if masters.corrections is None else [masters.corrections], scales=self._state_scales,
                 noise=self._noise if self._rounds else None,
             )  # fmt: skip
+        if waiting:
+            torch._foreach_copy_(self._waiting, waiting)
         if self._rounds:
             self._noise += 1
         replicas.masters.refresh()
@@ -498,20 +504,17 @@ class CoupledOptimizer(FlatState):
         """Makes the buffers what new settings need: a momentum that was 0, another mode, an average that got a pull."""
         if (self._buffer_names(), self._kind()) != (self._needed, (self._explicit, self._moves_anchor)):
             self._make_buffers()
-        # As torch's, a momentum that begins begins at zero; but the kernels have filled its buffer with gradients if another
-        # group had one.
-        momenta = [proposal.momentum if isinstance(proposal, SGD) else 1.0 for proposal, _ in made]
-        for group, before, now in zip(self.param_groups, self._momenta or momenta, momenta, strict=True):
-            if now > before == 0:
-                for name in self._needed:
-                    values = self._read(name)
-                    for row in values:
-                        views = self.replicas.layout.views(row)
-                        for i in self._indices(group):
-                            views[i].zero_()
-                    if name in self._scales:
-                        self._write(name, values)
-        self._momenta = momenta
+        # Without a momentum torch leaves a buffer as it is. The kernels fill it with gradients if another group has one.
+        waiting = [isinstance(proposal, SGD) and proposal.momentum == 0 for proposal, _ in made]
+        self._waiting = [
+            buffer[row, tiles.start * size : tiles.stop * size]
+            for group, waits in zip(self.param_groups, waiting, strict=True)
+            if waits
+            for tiles in map(self.replicas.layout.tiles, self._indices(group))
+            for buffers, size in ((self._state_rows, TILE), (self._state_scales, TILE // SCALED))
+            for buffer in buffers
+            for row in range(len(self.replicas))
+        ]
 
     def _kind(self) -> tuple[bool, bool]:
         """Whether the coupling is explicit, which all groups must agree in, and whether it moves the anchor."""
@@ -560,11 +563,10 @@ class CoupledOptimizer(FlatState):
         return self._coupling_class(**picked(values, self._coupling_class))
 
     def _group_settings(self, group: Mapping[str, Any]) -> list[Any]:
-        return [
-            number(k, v) if isinstance(v, Tensor) else tuple(v) if isinstance(v, list) else v
-            for k, v in group.items()
-            if k not in ("params", "steps", "initial_lr") and (not isinstance(v, Tensor) or k in self.defaults)
-        ]
+        """What the rules are made from, for a comparison."""
+        read = [group.get(f.name) for of in (self.proposal, self._coupling_class) for f in fields(of)]
+        read += [group.get("coupling"), group.get("dampening")]
+        return [float(v) if isinstance(v, Tensor) else tuple(v) if isinstance(v, list) else v for v in read]
 
     def _settings_but_lr(self) -> list[list[Any]]:
         """What a plan was made from, besides the learning rates that it was given."""

@@ -44,6 +44,10 @@ class Partition:
             raise TypeError(f"layout must be a Layout, got {shown(layout)}")
         if blocks is not None:
             blocks = whole("blocks", blocks, 1, 255)
+        if layout is not None and labels.numel() != layout.numel:
+            raise ValueError(
+                f"labels must be one for each of the layout's {layout.numel} elements, got {labels.numel()}"
+            )
         largest = int(labels.amax()) if labels.numel() else 0
         if blocks is not None and largest > blocks:
             raise ValueError(f"labels must be at most {blocks}, the number of blocks, got {largest}")
@@ -88,9 +92,8 @@ class Partition:
         def label(name: str, owner: nn.Module, p: Tensor) -> Tensor | None:
             if not _is_kernel(owner, p):
                 return None
-            channel_dim = 1 if owner.transposed else 0
-            shape = [p.shape[channel_dim] if d == channel_dim else 1 for d in range(p.dim())]
-            return _runs(p.shape[channel_dim], blocks).view(shape)
+            channels = _output_units(owner, p)
+            return _runs(int(channels.amax()) + 1 if channels.numel() else 0, blocks)[channels]
 
         return cls._label(model, label, part, "conv_blocks", "convolution", blocks)
 
@@ -142,8 +145,12 @@ class Partition:
         def label(name: str, owner: nn.Module, w: Tensor) -> Tensor | None:
             if w.dim() < 2:
                 return None
-            shape = w.shape if by == "element" else (len(w), *[1] * (w.dim() - 1))
-            drawn = torch.rand(shape, generator=generator, device="cpu")
+            if by == "element":
+                drawn = torch.rand(w.shape, generator=generator, device="cpu")
+            else:
+                units = _output_units(owner, w)
+                count = int(units.amax()) + 1 if units.numel() else 0
+                drawn = torch.rand(count, generator=generator, device="cpu")[units]
             others = 2 + ((drawn - p) / (1 - p) * (blocks - 1)).clamp(0, max(0, blocks - 2)).byte()
             return torch.where(drawn < p, 1, others).byte() if blocks > 1 else torch.ones_like(drawn).byte()
 
@@ -331,6 +338,16 @@ class Partition:
 
 def _is_kernel(owner: nn.Module, p: Tensor) -> bool:
     return isinstance(owner, _CONVOLUTION) and p.dim() >= 3
+
+
+def _output_units(owner: nn.Module, p: Tensor) -> Tensor:
+    """The number of the output unit that each element of a weight is of, in a shape that broadcasts to the weight's."""
+    more = [1] * (p.dim() - 2)
+    if _is_kernel(owner, p) and owner.transposed:  # [inputs, outputs of a group, …]
+        inputs, own = p.shape[:2]
+        of_group = torch.arange(inputs, device="cpu") // max(1, inputs // int(owner.groups))  # type: ignore[arg-type]
+        return (of_group[:, None] * own + torch.arange(own, device="cpu")).view(inputs, own, *more)
+    return torch.arange(len(p), device="cpu").view(len(p), 1, *more)
 
 
 def _is_matrix(owner: nn.Module, p: Tensor) -> bool:

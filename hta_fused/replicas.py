@@ -390,7 +390,8 @@ class Replicas(FlatCopies):
         """√Σ_{i<j} ‖x_i − x_j‖²; for two copies ‖θ − η‖. With a group all processes must ask."""
         self.settle()
         if self.processes:
-            own = (self.params[0] - self.processes.mean(self.params[0])).double().square().sum()
+            params = self.params[0].double()  # in which the mean of equal float32 copies is they
+            own = (params - self.processes.mean(params)).square().sum()
             return float((self.processes.sum(own) * self.count) ** 0.5)
         params = self.params
         gaps = (params - params[0]).double()
@@ -416,7 +417,7 @@ class Replicas(FlatCopies):
         for parameter, *frozen in zip(merged.parameters(), *(net.parameters() for net in self.copies), strict=True):
             if id(frozen[0]) in trained or not parameter.is_floating_point():
                 continue
-            _take_mean(parameter, frozen)
+            _take_mean(parameter, list(self.processes.gather(frozen[0])) if self.processes else frozen)
         for buffer, *same in zip(merged.buffers(), *(net.buffers() for net in self.copies), strict=True):
             if buffer.is_floating_point():
                 _take_mean(buffer, list(self.processes.gather(same[0])) if self.processes else same)

@@ -86,7 +86,11 @@ class CouplingScheduler:
         return self._values(self.epoch)
 
     def _values(self, epoch: int) -> dict[str, float]:
-        return {name: number(name, function(epoch)) for name, function in self.settings.items()}
+        counts = ("every",)  # of steps
+        return {
+            name: whole(name, function(epoch), 1, 2**63 - 1) if name in counts else number(name, function(epoch))
+            for name, function in self.settings.items()
+        }
 
     def _go_to(self, epoch: int) -> None:
         groups, values = self.optimizer.param_groups, self._values(epoch)

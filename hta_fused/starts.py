@@ -4,6 +4,8 @@
 """
 
 import copy
+import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +31,11 @@ def others(model: nn.Module, count: int, start: str | Sequence[nn.Module], fresh
     if isinstance(start, str):
         if start not in ("copy", "independent"):
             raise ValueError(f"start must be 'copy', 'independent' or a list of modules, got {start!r}")
+        for name, parameter in trainable(model).items():
+            if count and start == "copy" and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
+                warnings.warn(
+                    f"the hooks of parameter {name!r} are copy 0's alone: deep copies have none", stacklevel=4
+                )
         found = [copied(model) if start == "copy" else fresh() for _ in range(count)]
         name = "start" if start == "copy" else "factory's module"
         names = [name] * count
@@ -73,7 +80,10 @@ def anchor_of(
             raise ValueError(f"anchor has shape {tuple(anchor.shape)}, but the layout has ({layout.numel},)")
         if anchor.dtype not in DTYPES:
             raise TypeError(f"anchor must be float16, bfloat16, float32 or float64, got {anchor.dtype}")
-        return anchor.detach().to(like).clone()
+        flat, given = like.new_zeros(layout.numel), anchor.detach().to(like).contiguous()
+        for mine, theirs in zip(layout.views(flat), layout.views(given), strict=True):
+            mine.copy_(theirs)  # and not what lies between the parameters, to which the copies would be pulled
+        return flat
     if isinstance(anchor, Mapping):
         source = anchor
     elif anchor == "zero":
@@ -111,19 +121,27 @@ def reinitialised(model: nn.Module) -> nn.Module:
     What is frozen stays as it is, and so do the buffers of modules all of whose parameters are.
 
     Raises:
-        ValueError: a trainable parameter belongs to a module that cannot reset itself.
+        ValueError: a trainable parameter belongs to a module that cannot reset itself, or does not reset it.
     """
     fresh = copied(model)
+    with torch.no_grad():
+        for parameter in trainable(fresh).values():
+            parameter.fill_(math.nan)  # which is left where nothing is drawn
     if callable(getattr(fresh, "reset_parameters", None)):
         fresh.reset_parameters()  # type: ignore[operator]
-        return _keep_frozen(fresh, model)
-    for name, module in fresh.named_modules():
-        if callable(getattr(module, "reset_parameters", None)):
-            module.reset_parameters()
-        elif any(p.requires_grad for p in module.parameters(recurse=False)):
+    else:
+        for name, module in fresh.named_modules():
+            if callable(getattr(module, "reset_parameters", None)):
+                module.reset_parameters()
+            elif any(p.requires_grad for p in module.parameters(recurse=False)):
+                raise ValueError(
+                    f"module {name or 'model'!r} ({type(module).__name__}) holds parameters but has no reset_parameters(); "
+                    "pass factory=, a function that returns a fresh model"
+                )
+    for name, parameter in trainable(fresh).items():
+        if not parameter.is_meta and parameter.isnan().any():
             raise ValueError(
-                f"module {name or 'model'!r} ({type(module).__name__}) holds parameters but has no reset_parameters(); "
-                "pass factory=, a function that returns a fresh model"
+                f"parameter {name!r} is not drawn anew by reset_parameters(); pass factory=, a function that returns a fresh model"
             )
     return _keep_frozen(fresh, model)
 

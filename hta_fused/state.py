@@ -4,7 +4,7 @@ Owns the buffers' meaning, and no arithmetic. Imports checks.py, couplings.py, g
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -41,7 +41,6 @@ class FlatState(torch.optim.Optimizer):
     _cursor: Tensor
     _plan_start: int
     _known: Any  # what the rules on the device were made from
-    _momenta: list[float] | None
 
     @property
     def replicas(self) -> Replicas:
@@ -212,7 +211,10 @@ class FlatState(torch.optim.Optimizer):
             self._proposal_of({**group, **{k: v for k, v in saved.items() if k in settings_of(self.proposal)}})
             for i, key in zip(self._indices(group), saved["params"], strict=True):
                 entry = state_dict["state"].get(key, {})
-                steps |= {int(entry["step"])} if "step" in entry else set()
+                steps |= (
+                    {steps_of(f"state_dict's step of parameter {key}", entry["step"])} if "step" in entry else set()
+                )
+                _check_whole(f"state_dict's parameter {key}", entry, names)
                 for name in names:
                     buffer = entry.get(name)
                     if buffer is not None:
@@ -247,7 +249,7 @@ class FlatState(torch.optim.Optimizer):
         return row
 
     def _set_steps(self, steps: int) -> None:
-        self._steps, self._planned, self._known, self._momenta = steps, None, None, None
+        self._steps, self._planned, self._known = steps, None, None
         self._noise.fill_(steps)
         self._show_step()
 
@@ -294,6 +296,8 @@ class FlatState(torch.optim.Optimizer):
                 if not isinstance(entry, Mapping):
                     raise TypeError(f"{name} of {layout.names[i]!r} must be a dict, got {shown(entry)}")
                 steps.add(steps_of(f"{name}'s step", entry["step"]) if "step" in entry else None)
+                if name == "state_dict":
+                    _check_whole(f"state_dict's entry of {layout.names[i]!r}", entry, self.proposal.all_buffers)
                 for key in (*self.proposal.all_buffers, *more):
                     if entry.get(key) is not None:
                         self._check_shape(f"{name}'s {key} of copy {row}", entry[key], i)
@@ -312,7 +316,11 @@ class FlatState(torch.optim.Optimizer):
         ours = {id(tensor) for tensor in self._shown}
         replicas, layout = self.replicas, self.replicas.layout
         named = {name for row in replicas.trained for p in row for name in entries.get(p, {})}
-        kept = [name for name in self.proposal.all_buffers if name in named and name not in self._buffers]
+        kept = [
+            name
+            for name in self.proposal.all_buffers
+            if name in named | self._idle.keys() and name not in self._buffers
+        ]
         for name in kept:  # of no use until a momentum is set
             if name not in self._idle:
                 self._idle[name] = self._new_buffer(name, len(self._state_rows) + 2)
@@ -369,7 +377,6 @@ class FlatState(torch.optim.Optimizer):
                 raise RuntimeError("state's step must not change between planned steps; plan again")
             self._take_entries(self.state, shown=True)
             self._show_state()
-            self._momenta = None
             if not isinstance(self.proposal, SGD) and steps != done:
                 self._set_steps(steps or 0)
         elif not isinstance(self.proposal, SGD) and self._planned is None:
@@ -385,7 +392,7 @@ class FlatState(torch.optim.Optimizer):
         for row, parameters in enumerate(self.replicas.trained):
             tensors = {
                 name: self.replicas.layout.tensors(buffer[row])
-                for name, buffer in self._buffers.items()
+                for name, buffer in (self._buffers | self._idle).items()
                 if name not in self._scales
             }
             for i, parameter in enumerate(parameters):
@@ -413,9 +420,19 @@ def steps_of(name: str, value: Any) -> int:
     return int(steps)
 
 
+def _check_whole(what: str, entry: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuses an entry with some of the proposal's buffers: it is of another optimizer, or cut."""
+    held = [name for name in names if entry.get(name) is not None]
+    if held and len(held) < len(names):
+        (lacks, *_) = [name for name in names if name not in held]
+        raise ValueError(f"{what} has {held[0]} but no {lacks}: it is of another optimizer")
+
+
 def check_foreign(saved: Mapping[str, Any]) -> None:
     """Refuses a group of torch's own optimizers with what these here do not have."""
     if saved.get("dampening") or saved.get("amsgrad"):
         raise ValueError("state_dict has dampening or amsgrad set, which this optimizer does not have")
+    if "momentum_decay" in saved:
+        raise ValueError("state_dict has momentum_decay, of torch.optim.NAdam, which this optimizer does not have")
     if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay"):
         raise ValueError("state_dict has the weight_decay of torch.optim.Adam, not of AdamW: it must be 0")

@@ -893,3 +893,22 @@ def test_a_learning_rate_of_zero_on_the_way_changes_nothing():
     before = copies.clone()
     hta.coupled_step_(copies, torch.randn_like(copies), None, None, proposal=hta.SGD(0.0), coupling=hta.Homotopy(0.01))
     assert torch.equal(copies, before)
+
+
+def test_a_period_is_a_whole_number_of_any_kind():
+    assert type(hta.Lookahead(every=np.int64(5)).every) is int
+    for wrong in (np.float64(5), True, 0, 2.0, 10**400, "5"):
+        with pytest.raises(ValueError, match="every must be a whole number of steps"):
+            hta.Lookahead(every=wrong)
+
+
+@pytest.mark.parametrize("eps", [1e-46, 1e-40])
+def test_an_eps_that_the_arithmetic_takes_for_zero_is_refused(eps):
+    x = torch.ones(1, 4)
+    with pytest.raises(ValueError, match="eps must be at least 1.18e-38 in torch.float32"):
+        hta.coupled_step_(
+            x, torch.zeros(1, 4), [torch.zeros(1, 4)] * 2, None, proposal=hta.AdamW(eps=eps), coupling=hta.Average()
+        )
+    with pytest.raises(ValueError, match="eps must be at least"):
+        hta.CoupledOptimizer(hta.Replicas(torch.nn.Linear(2, 2), 1, {}), hta.AdamW(eps=eps), hta.Average())
+    hta.CoupledOptimizer(hta.Replicas(torch.nn.Linear(2, 2).double(), 1, {}), hta.AdamW(eps=eps), hta.Average())

@@ -513,3 +513,21 @@ def test_the_documents_script_runs_under_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert len(torch.load(tmp_path / "merged.pt", weights_only=True)) == 4
+
+
+# ------------------------------------------------------------------------------------------------- what all are told
+
+
+def told(rank, size):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False))
+    replicas = hta.Replicas(net, partition={}, group=dist.group.WORLD)
+    optimizer = hta.HomotopySGD(replicas, lr=0.1, L=0.0)
+    replicas.grads.normal_(generator=torch.Generator().manual_seed(rank))
+    optimizer.step()
+    net[1].weight.data.fill_(rank)
+    return replicas.distance(), replicas.merge()[1].weight.mean().item()
+
+
+@pytest.mark.parametrize("m", [2, 3])
+def test_equal_copies_are_at_distance_zero_and_what_is_frozen_is_merged_too(m):
+    assert run(told, m) == [(0.0, (m - 1) / 2)] * m

@@ -6,6 +6,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -193,7 +194,9 @@ def test_moved_replicas_train_as_those_that_were_made_there(how, when, proposal)
     with torch.no_grad():
         for p in replicas.parameters():  # to_empty leaves anything
             p.copy_(torch.randn_like(p))
-    anchor = torch.randn_like(replicas.anchor)
+    anchor = torch.zeros_like(replicas.anchor)
+    for view in replicas.layout.views(anchor):
+        view.copy_(torch.randn_like(view))
     replicas.anchor.copy_(anchor)
     dtype = {"double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16, "type": torch.float64}.get(how)
     assert replicas.params.dtype == (dtype or torch.float32) == replicas.anchor.dtype
@@ -436,6 +439,114 @@ def test_momentum_waits_while_it_is_zero_as_torchs():
     twin.zero_grad()
     twin.step()
     assert torch.equal(twin.state[twin.replicas.theta.fc.weight]["momentum_buffer"], value / 2)
+
+
+@pytest.mark.parametrize("groups", [[], [{"params": "bias", "momentum": 0.9}]], ids=["all", "one of two"])
+def test_a_momentum_that_was_zero_for_a_while_is_torchs(groups):
+    """Alone or beside another group's, with a copy and a resumed one made while it was zero."""
+    net = torch.nn.Linear(4, 4).double()
+    optimizer = hta.CoupledOptimizer(
+        hta.Replicas(net, 1, {}), hta.SGD(0.1, 0.9), hta.Average(every=1000), groups=groups
+    )
+    twin = copy.deepcopy(net)
+    torchs = torch.optim.SGD(
+        [{"params": [twin.weight]}, {"params": [twin.bias]}] if groups else twin.parameters(), lr=0.1, momentum=0.9
+    )
+    ours = [optimizer]
+    for step, momentum in enumerate([0.9, 0.9, 0.0, 0.0, 0.9, 0.9]):
+        if step == 4:
+            ours.append(copy.deepcopy(optimizer))
+            resumed = hta.CoupledOptimizer(
+                copy.deepcopy(optimizer.replicas), hta.SGD(0.1, 0.9), hta.Average(every=1000), groups=groups
+            )
+            resumed.load_state_dict(optimizer.state_dict())
+            ours.append(resumed)
+        gradients = [torch.randn_like(p) for p in twin.parameters()]
+        for parameter, gradient in zip(twin.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        torchs.param_groups[0]["momentum"] = momentum
+        torchs.step()
+        for one in ours:
+            for parameter, gradient in zip(one.replicas.theta.parameters(), gradients, strict=True):
+                parameter.grad = gradient.clone()
+            one.param_groups[0]["momentum"] = momentum
+            one.step()
+            for parameter, expected in zip(one.replicas.theta.parameters(), twin.parameters(), strict=True):
+                assert relative_error(parameter, expected) < 1e-12, step
+
+
+@pytest.mark.parametrize("state_format", ["full", "bfloat16", "8bit"])
+def test_a_buffer_without_a_momentum_keeps_its_bytes(state_format):
+    optimizer = hta.CoupledOptimizer(
+        hta.Replicas(Net(), 2),
+        hta.SGD(0.1, 0.9),
+        hta.Homotopy(),
+        groups=[{"params": "fc.weight"}],
+        state_format=state_format,
+    )
+    train(optimizer, [batch() for _ in range(2)])
+    optimizer.param_groups[1]["momentum"] = 0.0
+    tiles = optimizer.replicas.layout.tiles(optimizer.replicas.layout.names.index("fc.weight"))
+    before = [buffer[:, tiles.start * 1024 : tiles.stop * 1024].clone() for buffer in optimizer._state_rows]
+    train(optimizer, [batch() for _ in range(2)])
+    for was, buffer in zip(before, optimizer._state_rows, strict=True):
+        assert torch.equal(was, buffer[:, tiles.start * 1024 : tiles.stop * 1024])
+        assert was.any()
+
+
+@pytest.mark.parametrize("first", [hta.Toward(0.0), hta.Average(every=100)])
+def test_a_setting_in_a_tensor_that_changes_in_place_is_noticed(first):
+    optimizer = hta.CoupledOptimizer(hta.Replicas(torch.nn.Linear(4, 4), 2, {}, anchor="zero"), hta.SGD(1.0), first)
+    optimizer.coupling = hta.Toward(0.0)
+    optimizer.param_groups[0]["strength"] = strength = torch.tensor(0.0)
+    optimizer.param_groups[0]["mine"] = np.zeros(3)  # is nobody's business
+    optimizer.step()
+    before = optimizer.replicas.theta.weight.clone()
+    strength.fill_(1.0)
+    optimizer.param_groups[0]["mine"] = np.zeros(3)
+    optimizer.step()
+    assert not torch.equal(optimizer.replicas.theta.weight, before)
+
+
+def test_the_penalty_is_the_last_steps_whatever_is_assigned_since():
+    optimizer = pair(coupling=hta.Homotopy(2.0))
+    train(optimizer, [batch() for _ in range(2)])
+    before = optimizer.stats.penalty
+    optimizer.L = 0.5
+    assert optimizer.stats.penalty == before
+    optimizer.coupling = hta.EMA()
+    assert optimizer.stats.penalty == before
+    train(optimizer, [batch()])
+    assert math.isnan(optimizer.stats.penalty)
+    optimizer.coupling = hta.Homotopy(0.5)
+    assert math.isnan(optimizer.stats.penalty)
+
+
+@pytest.mark.parametrize("foreign", [torch.optim.Adamax, torch.optim.NAdam])
+def test_the_state_of_another_optimizer_is_refused(foreign):
+    net = torch.nn.Linear(4, 4)
+    theirs = foreign(net.parameters(), lr=0.01)
+    net(torch.ones(2, 4)).sum().backward()
+    theirs.step()
+    optimizer = hta.CoupledOptimizer(hta.Replicas(net, 1, {}), hta.AdamW(0.01), hta.Average(every=100))
+    for load in (optimizer.load_state_dict, lambda state: optimizer.load_torch_state_dict(0, state)):
+        with pytest.raises(ValueError, match="another optimizer|NAdam|missing"):
+            load(theirs.state_dict())
+
+
+@pytest.mark.parametrize("step", [-3, 2.5, math.nan, 1e30])
+def test_a_number_of_steps_that_is_none_is_refused(step):
+    net = torch.nn.Linear(4, 4)
+    theirs = torch.optim.AdamW(net.parameters(), lr=0.01)
+    net(torch.ones(2, 4)).sum().backward()
+    theirs.step()
+    state = theirs.state_dict()
+    for entry in state["state"].values():
+        entry["step"] = torch.tensor(step)
+    optimizer = hta.CoupledOptimizer(hta.Replicas(net, 1, {}), hta.AdamW(0.01), hta.Average(every=100))
+    with pytest.raises(ValueError, match="step of parameter 0 must be"):
+        optimizer.load_torch_state_dict(0, state)
+    assert optimizer.steps == 0
 
 
 def test_load_hooks_count():

@@ -1,5 +1,7 @@
 """The ops against float64: the definition of the step as a minimiser, the definition of the penalty, the reference."""
 
+import contextlib
+import dataclasses
 import math
 import os
 import subprocess
@@ -550,3 +552,83 @@ def test_hashed_labels_are_evenly_and_independently_drawn():
         for other in (second, first.roll(1, 0), first.roll(1, 1)):  # another seed, the next tile, the next element
             agree = (first == other).double().mean()
             assert abs(agree - 1 / copies) < 5 * (0.25 / first.numel()) ** 0.5 + 2**-15
+
+
+# ------------------------------------------------------------------------------------------------- where ops are called
+
+
+def test_a_first_call_in_inference_mode_or_a_transform_leaves_nothing_behind():
+    """The rules of the last settings are kept; they must not be another mode's tensors."""
+    theta, eta = torch.randn(5, requires_grad=True), torch.randn(5)
+    with torch.inference_mode():
+        expected = hta.homotopy_penalty(theta, eta, None, None, 0.123)
+    value = hta.homotopy_penalty(theta, eta, None, None, 0.123)
+    value.backward()
+    assert torch.equal(value, expected)
+    copies, grads = torch.randn(2, 5), torch.randn(2, 5)
+    with torch.inference_mode():
+        hta.coupled_step_(copies.clone(), grads, None, None, proposal=hta.SGD(0.321), coupling=hta.Average())
+    hta.coupled_step_(copies, grads, None, None, proposal=hta.SGD(0.321), coupling=hta.Average())
+
+    def penalty(a, b):
+        return hta.homotopy_penalty(a, b, None, None, 0.321)
+
+    with contextlib.suppress(RuntimeError):
+        torch.func.functionalize(penalty)(torch.ones(2), torch.zeros(2))
+    assert type(penalty(torch.ones(2), torch.zeros(2)).item()) is float
+    assert not torch._is_functional_tensor(penalty(torch.ones(2), torch.zeros(2)))
+
+
+def test_a_coupling_of_ones_own_may_change_in_place():
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Mine(hta.Average):
+        weights: list = dataclasses.field(default_factory=lambda: [0.0])
+
+        def rules(self, copies, step_size, step=1):
+            return super().rules(copies, step_size, step) * self.weights[0]
+
+    mine, x = Mine(), torch.ones(2, 3)
+    hta.coupled_step_(x, torch.zeros(2, 3), None, None, proposal=hta.SGD(0.1), coupling=mine)
+    assert not x.any()
+    x.fill_(1)
+    mine.weights[0] = 1.0
+    hta.coupled_step_(x, torch.zeros(2, 3), None, None, proposal=hta.SGD(0.1), coupling=mine)
+    assert torch.equal(x, torch.ones(2, 3))
+
+
+def test_what_holds_no_memory_of_its_own_is_named():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    plain = [torch.ones(4) for _ in range(4)]
+    wrapped = TwoTensor(torch.ones(4), torch.ones(4))
+    with pytest.raises(TypeError, match="theta must be a plain tensor, got a TwoTensor"):
+        hta.homotopy_step_(wrapped, *plain[1:], None, None, None, None, L=0.1, lr=0.1)
+
+
+def test_the_scale_may_have_any_shape_of_one_number_and_is_checked_under_the_compiler(backend):
+    tensors = buffers(100, torch.float32)[:6]
+    other = [t.clone() for t in tensors]
+    hta.homotopy_step_(*tensors, None, None, L=0.1, lr=0.1, momentum=0.9, grad_scale=torch.full((1, 1), 2.0))
+    hta.homotopy_step_(*other, None, None, L=0.1, lr=0.1, momentum=0.9, grad_scale=2.0)
+    assert torch.equal(tensors[0], other[0])
+
+    def step(theta):
+        hta.homotopy_step_(theta, *other[1:], None, None, L=0.1, lr=0.1, momentum=0.9, grad_scale=0.0)
+
+    with pytest.raises(Exception, match="grad_scale must be positive"):
+        torch.compile(step, backend="eager", fullgraph=True)(other[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_accumulating_rounds_once(backend, dtype):
+    if backend == "cpu":
+        pytest.skip("has no kernels for low precision")
+    if backend == "triton" and dtype == torch.bfloat16 and not GPU:
+        pytest.skip("Triton's interpreter cuts off where the GPU rounds")
+    theta, eta, *sums = (torch.randn(1000, dtype=dtype) for _ in range(4))
+    exact = [x.float() for x in (theta, eta)]
+    added = [2 * (exact[0] - exact[1]) / 0.1, 2 * (exact[1] - exact[0]) / 0.1]
+    expected = [(s.float() + a).to(dtype) for s, a in zip(sums, added, strict=True)]
+    hta.homotopy_penalty_accumulate_(*sums, theta, eta, None, None, 0.1)
+    for got, wanted in zip(sums, expected, strict=True):
+        assert (got != wanted).sum() <= 2  # the gradient's own last bit in float32 may decide a tie

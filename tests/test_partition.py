@@ -295,3 +295,20 @@ def test_nothing_depends_on_the_default_device():
             assert x.isfinite().all()
     finally:
         torch.set_default_device(None)
+
+
+def test_labels_are_as_many_as_their_layouts_elements():
+    layout = hta.Layout.of(nn.Linear(40, 40))
+    for count in (10, layout.numel + 5000):
+        with pytest.raises(ValueError, match=f"labels must be one for each of the layout's {layout.numel} elements"):
+            hta.Partition(torch.zeros(count, dtype=torch.uint8), layout)
+
+
+def test_transposed_convolutions_are_divided_by_their_output_channels():
+    grouped = hta.Partition.conv_blocks(nn.ConvTranspose2d(4, 8, 1, groups=2)).by_name()["weight"][..., 0, 0]
+    assert grouped.tolist() == [[1, 1, 1, 1]] * 2 + [[2, 2, 2, 2]] * 2  # channels 0-3, then 4-7
+    depthwise = hta.Partition.conv_blocks(nn.ConvTranspose2d(8, 8, 1, groups=8)).by_name()["weight"].flatten()
+    assert depthwise.tolist() == [1, 1, 1, 1, 2, 2, 2, 2]
+    units = hta.Partition.random(nn.ConvTranspose2d(40, 60, 2), by="unit").by_name()["weight"]
+    assert (units == units[:1, :, :1, :1]).all()  # all that feeds an output channel
+    assert len(units[0, :, 0, 0].unique()) == 2

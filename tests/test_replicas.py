@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import hta_fused as hta
 
@@ -174,7 +175,9 @@ def test_anchors():
     assert other.anchor.any()
     assert not torch.equal(other.anchor, other.params[0])
     flat = torch.randn(views.layout.numel)
-    assert torch.equal(hta.Replicas(copy.deepcopy(model), anchor=flat).anchor, flat)
+    taken = hta.Replicas(copy.deepcopy(model), anchor=flat).anchor
+    assert all(map(torch.equal, views.layout.views(taken), views.layout.views(flat)))
+    assert taken.count_nonzero() == sum(p.numel() for p in model.parameters())  # nothing between the parameters
 
 
 def test_independent_copies_differ():
@@ -213,3 +216,50 @@ def test_there_are_no_more_blocks_than_copies(copies, partition):
     before = replicas.params.clone()
     hta.HomotopySGD(replicas, 0.1, L=1.0).step()
     assert torch.allclose(replicas.params, before, rtol=1e-6)  # no gradient, and every copy is the anchor
+
+
+class Scaled(nn.Module):
+    """Draws a part of itself anew only."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def reset_parameters(self):
+        nn.init.normal_(self.gain)
+
+
+@pytest.mark.parametrize(
+    ("make", "left"),
+    [
+        (lambda: nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(4, 4))), "0.weight_g"),
+        (lambda: nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(4, 4))), "0.weight_orig"),
+        (lambda: nn.Sequential(prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)), "0.weight_orig"),
+        (Scaled, "fc.weight"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+def test_what_reset_parameters_leaves_is_named(make, left):
+    for options in ({"start": "independent"}, {"anchor": "random"}):
+        with pytest.raises(ValueError, match=f"parameter '{left}' is not drawn anew by reset_parameters"):
+            hta.Replicas(make(), 2, {}, **options)
+
+
+def test_hooks_that_a_deep_copy_lacks_are_said():
+    for hook in ("register_hook", "register_post_accumulate_grad_hook"):
+        net = nn.Linear(4, 4)
+        getattr(net.weight, hook)(lambda grad: None)
+        with pytest.warns(UserWarning, match="hooks of parameter 'weight' are copy 0's alone"):
+            hta.Replicas(net, 2, {})
+
+
+def test_a_flat_anchor_pulls_at_parameters_only():
+    net = nn.Linear(4, 4, bias=False)
+    layout = hta.Layout.of(net)
+    partition = hta.Partition.own(net, {"weight": 1})
+    replicas = hta.Replicas(net, 2, partition, anchor=torch.ones(layout.numel))
+    optimizer = hta.HomotopySGD(replicas, 0.1, L=1.0)
+    optimizer.step()
+    theta, eta = (copy.weight.detach() for copy in replicas)
+    assert optimizer.stats.distance == pytest.approx(float((theta - eta).norm()), rel=1e-5, abs=1e-6)

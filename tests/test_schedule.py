@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import torch
 
+import hta_fused as hta
 from hta_fused import schedule
 
 
@@ -43,3 +45,12 @@ def test_schedules_join():
 def test_nonsense_is_named(make, name):
     with pytest.raises(ValueError, match=name):
         make()
+
+
+def test_a_coupling_scheduler_sets_periods():
+    optimizer = hta.CoupledOptimizer(hta.Replicas(torch.nn.Linear(2, 2), 2, {}), hta.SGD(0.1), hta.Average())
+    scheduler = hta.CouplingScheduler(optimizer, every=lambda epoch: 4 - epoch)
+    optimizer.step()
+    assert optimizer.coupling.every == 4
+    scheduler.step()
+    assert optimizer.coupling.every == 3

@@ -182,8 +182,15 @@ def quadratic_gradients(x: list[Tensor], anchor: Tensor, rule: Tensor) -> list[T
 
 def penalty(copies, anchor, codes, labels, seed, rules) -> tuple[Tensor, Tensor]:
     """½Σ_j pull_j‖x_j − θ̃‖² + ½·share·Σ_{i<j} ‖x_i − x_j‖², and its gradients [m, n]."""
+    value, grads = _penalty(copies, anchor, codes, labels, seed, rules)
+    dtype = rows_of(copies)[0].dtype
+    return value.to(dtype), grads.to(dtype)
+
+
+def _penalty(copies, anchor, codes, labels, seed, rules) -> tuple[Tensor, Tensor]:
+    """`penalty` before it is rounded to the copies' dtype."""
     x = rows_of(copies)
-    m, dtype, work = len(x), x[0].dtype, arithmetic(x[0].dtype)
+    m, work = len(x), arithmetic(x[0].dtype)
     group, label = expand(codes, labels, seed, x[0].numel(), m, x[0].device)
     rule = rules[:, NUMBERS:].view(-1, m + 1, m + 1, RULE)[group, label].permute(1, 2, 0)
     x = [copy.to(work) for copy in x]
@@ -192,15 +199,15 @@ def penalty(copies, anchor, codes, labels, seed, rules) -> tuple[Tensor, Tensor]
     gaps = torch.stack([copy - x[0] for copy in x]).double()
     apart = m * (rule[0, 2] * (gaps - gaps.mean(0)).square()).sum()
     pulled = sum((rule[j, 3] * (x[j] - z).double().square()).sum() for j in range(m))
-    return (0.5 * (pulled + apart)).to(dtype), grads.to(dtype)
+    return 0.5 * (pulled + apart), grads
 
 
 def penalty_accumulate_(grads, copies, anchor, codes, labels, seed, rules) -> Tensor:
     """`penalty` whose gradients are added to those given."""
-    value, added = penalty(copies, anchor, codes, labels, seed, rules)
+    value, added = _penalty(copies, anchor, codes, labels, seed, rules)
     for grad, more in zip(rows_of(grads), added, strict=True):
-        grad.add_(more)
-    return value
+        grad.copy_(grad.to(more.dtype) + more)
+    return value.to(rows_of(copies)[0].dtype)
 
 
 def batch_(out, out_labels, images, labels, order, offsets, mirrored, scale, shift, position, padding: int) -> None:
