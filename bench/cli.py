@@ -126,7 +126,7 @@ def report(folder: Path) -> str:
     pages = []
     for file in sorted(folder.glob("*.json")):
         content = json.loads(file.read_text())
-        if "results" not in content:
+        if not (isinstance(content, dict) and content.get("results") and {"machine", "command"} <= content.keys()):
             continue
         draw(file.stem.split("-")[0], content["results"], file.with_suffix(".png"), describe(content["machine"]))
         pages.append(f"## {file.stem}\n\n{describe(content['machine'])}; `{content['command']}`\n")

@@ -116,8 +116,8 @@ def linear(start: float, stop: float, step: float, epochs_per_value: int = 1) ->
     if not step > 0 or math.isinf((start - stop) / step):
         raise ValueError(f"step must be positive, and not vanish beside start − stop, got {step}")
     count = math.floor((start - stop) / step * (1 + 1e-12) + 1e-9) + 1
-    # Rounding to the step's own digits gives 0.007, not 0.006999999999999999.
-    values = [round(start - i * step, 12) if step > 1e-9 else start - i * step for i in range(count)]
+    # Rounding to twelve digits gives 0.007, not 0.006999999999999999, and 0 where the steps end there.
+    values = [float(f"{L:.12g}") if 1e-12 * start < L else 0.0 for L in (start - i * step for i in range(count))]
     return _held(values, epochs_per_value)
 
 

@@ -37,7 +37,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """A usage error, argparse's own among them."""
         if message.startswith("unrecognized arguments: "):
-            message = self._unknown(message.split()[2].split("=")[0])
+            words = message.removeprefix("unrecognized arguments: ")
+            message = self._unknown(words.split()[0].split("=")[0] if words.split() else repr(words))
         for pattern, text in _IN_OUR_WORDS.items():
             message = re.sub(pattern, text, message)
         self.fail(message, USAGE)

@@ -7,6 +7,11 @@ HUGE = "9" * 400
 
 CASES: list[tuple[str, list[str]]] = [
     ("more threads than cores", ["--threads", "9999"]),
+    *(
+        (f"{partition} of the {part}", ["--partition", partition, "--part", part])
+        for part, kind in (("classifier", "conv"), ("conv", "layer"))
+        for partition in (f"{kind}_blocks", f"{kind}_halves")
+    ),
     ("negative threads", ["--threads", "-1"]),
     ("threads in words", ["--threads", "all"]),
     ("half a thread", ["--threads", "1.5"]),

@@ -129,6 +129,7 @@ def test_a_line_fits_a_line():
         (["copies", "--copies", "0"], "--copies must be from 1 to 32, got 0"),
         (["copies", "--proposals", "Lion"], "--proposals must be among SGD, AdamW"),
         (["copies", "--against", "/nowhere"], "/nowhere"),
+        (["copies", " "], "unknown argument ' '"),
         (["report", "/nowhere"], "/nowhere holds no results"),
         (["ops", "--threads", "9999"], "--threads must be at most "),
         (["distributed", "--processes", "1"], "--processes must be from 2 to 32, got 1"),
@@ -161,3 +162,11 @@ def test_another_checkouts_step_is_timed_in_the_same_rounds(tmp_path):
     assert result["claims"][-1]["what"] == f"ours over {other.name}"
     with pytest.raises(ValueError, match="stopped with status 1"):
         measure.Elsewhere(tmp_path / "..", 5000).__enter__()
+
+
+@pytest.mark.parametrize("content", ["3", "[]", '{"results": []}', '{"results": [1]}'])
+def test_a_report_passes_over_what_is_none_of_ours(tmp_path, content, capsys):
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(tmp_path)])
+    assert capsys.readouterr().err.endswith("holds no results of hta-bench\n")

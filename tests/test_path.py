@@ -457,3 +457,42 @@ def test_tolerance_and_curvature_are_positive_numbers(name, value):
     for track, start in ((hta.path.track, [1.0, 1.0]), (hta.path.track_many, torch.ones(1, 2).double())):
         with pytest.raises((ValueError, TypeError), match=f"{name} must be"):
             track(hta.problems.chow, start, [1.0, 0.0], **{name: value})
+
+
+def test_a_jump_whose_halves_end_in_a_nearer_valley_is_a_jump():
+    """Random wells; past the fold the corrector lands elsewhere from the middle than from where the whole step began."""
+    W = torch.tensor([[1.139279, -2.473181], [0.381582, 1.836970], [-0.446290, -1.216222]], dtype=torch.float64)
+    c = torch.tensor([1.504487, 0.506893, 1.791766], dtype=torch.float64)
+    p = torch.tensor([5.514532, 4.960952, 5.313122], dtype=torch.float64)
+
+    def wells(x):
+        return 0.298107 * (x @ x) + (c * torch.cos(W @ x + p)).sum()
+
+    Ls = [math.inf, *np.geomspace(30, 0.05, 40).tolist(), 0.0]
+    for options in ({}, {"predictor": "secant"}, {"predictor": "tangent"}, {"adaptive": True}):
+        found = path.track(wells, [-2.544477, 2.685170], Ls, [-3.261698, -2.390326], **options)
+        assert not found.success, options
+        assert "jumped" in found.message
+
+
+def test_a_start_that_falls_for_ever_does_not_hold_up_the_others():
+    def falls(x):
+        return x[0] ** 3 + x[1] ** 2 - x[0]
+
+    starts = torch.tensor([[1.0, 0.0], [2.0, 1.0], [-5.0, 0.0]], dtype=torch.float64)
+    found = path.track_many(falls, starts, [1.0, 0.5])
+    assert found.success.tolist() == [True, True, False]
+    assert int(found.evaluations[2]) < 1000
+
+
+def test_every_start_and_anchor_must_be_finite():
+    def f(x):
+        return (x * x).sum()
+
+    good, bad = torch.ones(2, 2, dtype=torch.float64), torch.tensor([[1.0, 1.0], [math.nan, 0.0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="f must be finite at x0"):
+        path.track_many(f, bad, [1.0])
+    with pytest.raises(ValueError, match="anchor must be finite"):
+        path.track_many(f, good, [1.0], bad)
+    with pytest.raises(ValueError, match="f must be finite at x0"):
+        path.track(f, bad.numpy(), [1.0])

@@ -120,7 +120,7 @@ def test_an_interval_is_students():
         (["table2", "--data-dir", "nowhere", "--out", "x"], "CIFAR-10 is not in nowhere"),
         (["dropout", "--device", "tpu", "--out", "x"], "device must be auto, cpu, cuda or cuda:N"),
         (["table3", "--quick", "--out", "x"], "--quick is another command's flag: see --help"),
-        (["smalldata", "--images", "0", "--out", "x"], "--images must be at least 1, got 0"),
+        (["smalldata", "--images", "0", "--out", "x"], "--images must be from 1 to 49999, got 0"),
     ],
 )
 def test_nonsense_is_answered_in_a_line(tmp_path, monkeypatch, capsys, flags, message):
@@ -161,3 +161,23 @@ def test_equal_work_counts_every_copy():
     four = networks.methods(PLAIN, copies=4)
     assert four[networks.EQUAL_WORK].epochs == PLAIN.epochs + 3 * PLAIN.L_schedule.epochs
     assert isinstance(four[networks.HTA], Settings)
+
+
+@pytest.mark.parametrize("scale", ["quick", "cpu", "full"])
+@pytest.mark.parametrize("name", cli.TRAINED)
+def test_every_experiments_settings_can_be_made_at_every_scale(name, scale, monkeypatch, tmp_path):
+    asked = []
+
+    class Asked(Exception):
+        pass
+
+    def stop(out, methods, seeds):
+        asked.append(methods)
+        raise Asked
+
+    monkeypatch.setattr(networks, "train", stop)
+    monkeypatch.setattr(smalldata, "train", stop)
+    run, scales = cli.TRAINED[name]
+    with pytest.raises(Asked):
+        run(tmp_path, scales[scale])
+    assert asked[0]

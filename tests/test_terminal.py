@@ -379,3 +379,12 @@ def test_handlers_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     cli.main([*FLAGS, "--out", str(tmp_path / "run")])
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+@pytest.mark.parametrize(("main", "argv"), [(cli.main, []), (paper_cli.main, ["map", "--out", "x"])])
+def test_a_blank_argument_as_from_an_unset_variable_is_refused_in_a_line(main, argv, blank, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, blank])
+    assert stop.value.code == 2
+    assert re.fullmatch(r"hta-\w+: .*\n", capsys.readouterr().err)

@@ -17,7 +17,7 @@ import stress
 import torch
 
 from hta_fused.files import as_json, save_atomically, write_json
-from hta_fused.train import PAPER, Job, Run, Settings, Trainer, cli, data
+from hta_fused.train import PAPER, Job, Run, Settings, Trainer, cli, data, machine
 from hta_fused.train.run import batches_of, evaluate
 from hta_fused.train.vgg import CONFIGURATIONS, VGG, parameter_count
 
@@ -615,3 +615,24 @@ def test_an_export_without_its_configuration_is_tested_by_a_recipe(tmp_path, cap
     with pytest.raises(SystemExit):
         cli.main(["--evaluate", str(alone), "--recipe", "paper", "--device", "cpu"])
     assert f"a state_dict of {PAPER.model} at width 1, as a run exports it, is expected" in capsys.readouterr().err
+
+
+def test_another_runs_summary_is_not_reported(tmp_path):
+    first = replace(TINY, method="sgd", epochs=1, out=tmp_path / "run")
+    Trainer(first, report=lambda _: None).train()
+    for file in (tmp_path / "run").glob("checkpoint*"):
+        file.unlink()
+    said = []
+    Trainer(replace(TINY, method="hta", out=tmp_path / "run"), report=said.append).train()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["settings"]["method"] == "hta"
+    assert list(summary["runs"]) == ["HTA"]
+    assert "HTA" in said[-1]
+
+
+def test_a_network_of_ddp_or_of_the_last_seed_is_tested_in_one_process(tmp_path):
+    whole = replace(Settings(), method="ddp", seed=2**32 - 3, seeds=3)
+    (tmp_path / "config.json").write_text(json.dumps(whole.to_json()))
+    settings = cli.evaluated(tmp_path / f"ddp-seed{2**32 - 1}.pt", {})
+    machine.check(settings)
+    assert (settings.seed, settings.method) == (2**32 - 1, "sgd")

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         one.add_argument("--seeds", metavar="SEEDS", type=whole_number(1, 1000), help="runs of every method")
         if name == "smalldata":
             one.add_argument(
-                "--images", metavar="IMAGES", type=whole_number(1), help="to train on, of the 50,000 [2304]"
+                "--images", metavar="IMAGES", type=whole_number(1, 49_999), help="to train on, at most 49,999 [2304]"
             )
     options = terminal.parse_args(argv)
     terminal.need("paper")

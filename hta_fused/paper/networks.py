@@ -128,7 +128,9 @@ def formats(out: Path, scale: Scale) -> None:
         "split, 8-bit": {"master_format": "split", "state_format": "8bit", "anchor_format": "bfloat16"},
     }
     shared = replace(scale.settings, method="hta", precision="fp32")
-    few = replace(shared, train_images=min(shared.train_images, 2_000), epochs=min(shared.epochs, 8))
+    few = replace(
+        shared, train_images=min(shared.train_images or 2_000, 2_000), epochs=min(shared.epochs, 8), epochs_per_L=1
+    )
     digits = replace(Settings(), method="hta", seeds=1, device=shared.device)
 
     def in_all(settings: Settings) -> dict[tuple[str, str], Settings]:

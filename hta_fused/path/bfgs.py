@@ -70,7 +70,7 @@ def minimise_many(
         slope = (direction * gradient).sum(1)
         # As scipy's: the first step is about one unit long.
         length = torch.where(fresh, (1.01 / gradient.norm(dim=1)).clamp(max=1.0), torch.ones_like(slope))
-        new_value, new_gradient, length, used, found = _search(h, here, rows, direction, value, slope, length)
+        new_value, new_gradient, length, used, found, lost = _search(h, here, rows, direction, value, slope, length)
         evaluations[rows] += used
         steps[rows] += 1
         move = length[:, None] * direction
@@ -79,6 +79,8 @@ def minimise_many(
         fresh = fresh & ~curved
         # Where rounding leaves no better point, that start has come to its end.
         converged[rows[~found]] = gradient[~found].abs().amax(1) <= 1e-4
+        converged[rows[lost]] = False
+        found = found & ~lost
         rows, value, gradient, fresh = (t[found] for t in (rows, new_value, new_gradient, fresh))
         values[rows], gradients[rows] = value, gradient
     return Minima(z, values, gradients, inverses, evaluations, steps, converged)
@@ -88,13 +90,14 @@ def _search(h, here, rows, direction, value, slope, length):
     """A step length of each row that satisfies the weak Wolfe conditions, by bisection (Lewis and Overton).
 
     Returns:
-        Values, gradients and lengths there, evaluations used, and whether a lower value was found at all.
+        Values, gradients and lengths there, evaluations used, whether a lower value was found at all, and whether there
+        is no end to how far it falls.
     """
     low, high = torch.zeros_like(length), torch.full_like(length, math.inf)
     best_value, best_length = value.clone(), torch.zeros_like(length)
     best_gradient = torch.zeros_like(here)
     used = torch.zeros_like(rows)
-    searching = torch.arange(len(rows), device=rows.device)
+    searching, satisfied = torch.arange(len(rows), device=rows.device), torch.zeros_like(rows, dtype=torch.bool)
     for _ in range(40):
         t = length[searching]
         trial, gradient = h(here[searching] + t[:, None] * direction[searching], rows[searching])
@@ -109,14 +112,15 @@ def _search(h, here, rows, direction, value, slope, length):
         best_value[took], best_length[took], best_gradient[took] = trial[enough], t[enough], gradient[enough]
         high[searching[~enough]] = t[~enough]
         low[took] = t[enough]
+        satisfied[searching[enough & flat]] = True
         searching = searching[~(enough & flat)]
         bounded = high[searching].isfinite()
         length[searching] = torch.where(bounded, 0.5 * (low[searching] + high[searching]), 2 * length[searching])
         searching = searching[(high[searching] - low[searching] > 1e-14) & (length[searching] < 1e10)]
         if not len(searching):
             break
-    found = best_length > 0
-    return best_value, best_gradient, best_length, used, found
+    lost = high.isinf() & ~satisfied
+    return best_value, best_gradient, best_length, used, best_length > 0, lost
 
 
 def update(inverse, move, change):

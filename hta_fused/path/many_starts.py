@@ -73,13 +73,16 @@ def track_many(
     if isinstance(anchor, Tensor) and anchor.dim() == 2:  # one for each start: the variables are moved so that it is 0
         if anchor.shape != (count, n):
             raise ValueError(f"anchor must have shape [n] or {[count, n]}, got {list(anchor.shape)}")
+        if not anchor.isfinite().all():
+            raise ValueError("anchor must be finite, got inf or NaN")
         offset, anchor = anchor.to(x0), 0.0
     terms = QuadraticTerms.of(n, anchor, blocks, copies, curvature)
     x = (x0 if x0.dim() == 3 else x0[:, None].expand(count, copies, n)) - offset[:, None]
 
     for point in x0.reshape(-1, n)[:1]:  # none, where there are no starts
-        if not scalar_value(f, point.detach().clone().requires_grad_()).isfinite():
-            raise ValueError("f must be finite at x0")
+        scalar_value(f, point.detach().clone().requires_grad_())  # raises for what is no function of this kind
+    if count and not torch.func.vmap(one_value(f))(x0.reshape(-1, n)).isfinite().all():
+        raise ValueError("f must be finite at x0")
     correct = Corrector(f, terms, offset, tolerance)
     success = torch.ones(count, dtype=torch.bool, device=x0.device)
     before = None

@@ -153,9 +153,10 @@ def track(
     terms = QuadraticTerms.of(n, anchor, blocks, copies, curvature)
     objective = Objective(f)
     x = np.broadcast_to(start, (copies, n)).copy()
-    value, _ = objective(x[0])
-    if not math.isfinite(value):
-        raise ValueError(f"f must be finite at x0, got {value}")
+    for point in x if start.ndim == 2 else x[:1]:
+        value, _ = objective(point)
+        if not math.isfinite(value):
+            raise ValueError(f"f must be finite at x0, got {value}")
 
     cold = _Cold(objective, terms, method, tolerance, predictor)
     if continuation == "arclength":
@@ -374,15 +375,14 @@ def _jumped(points: list[PathPoint], point: PathPoint, correct: Callable[[float,
     if not points or not _suspicious(points, point.x, point.L):
         return False
     before, after = points[-1], point
+    whole = np.linalg.norm(after.x - before.x)
     for _ in range(6):
-        distance = np.linalg.norm(after.x - before.x)
         middle = correct(math.sqrt(before.L * after.L) if after.L > 0 else before.L / 10, before.x)
         after = correct(after.L, middle.x)
         first, second = np.linalg.norm(middle.x - before.x), np.linalg.norm(after.x - middle.x)
-        if max(first, second) < 0.8 * distance:
-            return False
         before, after = (before, middle) if first > second else (middle, after)
-    return True
+    # A path's largest part in 64 is small. A jump's may end in a nearer valley than the whole step did.
+    return bool(max(first, second) > 0.25 * whole)
 
 
 def _suspicious(points: list[PathPoint], x: np.ndarray, L: float) -> bool:

@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def typed(message: str) -> str:
     """An error of Settings, which begins with a field's name, with the flags that stand for fields."""
-    return re.sub(r"^\w+(?= )|\b\w+_\w+\b", lambda word: FLAGS.get(word[0], word[0]), message)
+    return re.sub(r"^\w+(?= )|(?<![\w/.-])\w+_\w+(?![\w/.-])", lambda word: FLAGS.get(word[0], word[0]), message)
 
 
 # ------------------------------------------------------------------------------------- the settings that flags ask for
@@ -183,8 +183,10 @@ def evaluated(file: Path, given: dict[str, Any]) -> Settings:
     config = file.with_name("config.json") if file.name else file
     if not config.is_file():
         return replace(_recipe(given), **given)
+    settings = _configuration(config)
     seed = re.search(r"-seed(\d+)(-\w+)?$", file.stem)  # by which its images were drawn
-    return replace(_configuration(config), **({"seed": int(seed[1])} if seed else {}) | given)
+    alone = {"method": "sgd"} if settings.method == "ddp" else {}  # one network is tested in one process
+    return replace(settings, **(alone | {"seed": int(seed[1]), "seeds": 1} if seed else alone) | given)
 
 
 def _recipe(given: dict[str, Any]) -> Settings:

@@ -307,13 +307,16 @@ class Trainer:
     def _finish(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if (self.out / "summary.json").exists():  # finished before, and resumed for no reason
-            summary = json.loads((self.out / "summary.json").read_text())
+        file = self.out / "summary.json"
+        summary = summarise(self.rows, self.settings, self.fingerprint, self.tested)
+        known = json.loads(file.read_text()) if file.exists() else None
+        if (
+            isinstance(known, dict) and known.get("runs") == summary["runs"]
+        ):  # finished before, and resumed for no reason
+            summary = known
         else:
             save_atomically(self.out / "curves.png", lambda path: curves(self.rows, path))
-            summary = summarise(self.rows, self.settings, self.fingerprint, self.tested)
-            write_json(self.out / "summary.json", summary)
-        summary.setdefault("test_images", self.tested)  # version 0.1 did not say
+            write_json(file, summary)
         words = in_words(summary, self.out, f"{self.jobs[-1].name}.pt", called("hta-train"))
         self.report(f"\n{table(summary)}\n\n{words}")
 

@@ -268,8 +268,8 @@ def _decode_pickle(blob: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mixed(*numbers: int) -> int:
-    """A seed for a stream of its own for each tuple of numbers: 32 bits, which is all that torch's generator on the CPU takes
-    of a seed."""
+    """A seed for a stream of its own for each tuple of as many numbers: 32 bits, which is all that torch's generator on the CPU
+    takes of a seed. Zeros at its end change nothing."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 

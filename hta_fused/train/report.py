@@ -158,7 +158,7 @@ def in_words(summary: dict[str, Any], out: Path, network: str, command: str) -> 
         flags = "--batches own --partition none --schedule tight-loose-merge --L-stop 100 --epochs-per-L 3"
         if settings["batches"] == "own":
             following = "more epochs and seeds; where averages of copies are reported to pay, runs are long:"
-            flags += f" --epochs {3 * settings['epochs']} --seeds 5"
+            flags += f" --epochs {max(9, 3 * settings['epochs'])} --seeds 5"
     flags += f" --dataset {settings['dataset']}" * (settings["dataset"] != "digits")
     where = f"in {out}, curves.png shows every epoch, and {network} holds a trained network."
     told = [f"What it shows: {shows} ({error})", f"Where it is: {where}", f"What to try: {following}"]

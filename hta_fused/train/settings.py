@@ -86,7 +86,7 @@ class Settings:
         "linear", "homotopy", "SCHEDULE", "how L falls; tight-loose-merge: L start, then L stop, above it"
     )
     L_start: float = flag(0.01, "homotopy", "L", "the first L")
-    L_stop: float = flag(0.005, "homotopy", "L", "the last L before the merge")
+    L_stop: float = flag(0.005, "homotopy", "L", "where L ends, or the last step above it")
     L_step: float = flag(0.001, "homotopy", "STEP", "linear: L - STEP; geometric: L * (1 - STEP)")
     epochs_per_L: int = flag(1, "homotopy", "EPOCHS", "at each value of L")
     decoupled: int = flag(0, "homotopy", "EPOCHS", "at L = inf before the schedule")
@@ -218,6 +218,11 @@ class Settings:
         """Refuses what the coupled step would refuse when it comes to it."""
         if not self.trains_copies:
             return
+        for part, kind in (("conv", "layer"), ("classifier", "conv")):
+            if self.part == part and self.partition.startswith(f"{kind}_"):
+                raise ValueError(
+                    f"part must have what partition {self.partition} divides, got {part!r}, which has no such layer"
+                )
         if self.coupling != "homotopy" and self.partition != "none":
             raise ValueError(f"partition must be none where the coupling is {self.coupling}, got {self.partition!r}")
         if self.coupling == "diloco" and self.start != "copy":
