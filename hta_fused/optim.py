@@ -384,7 +384,7 @@ class CoupledOptimizer(FlatState):
             values = self._rules_known.clone()
             values[: len(made), :NUMBERS] = _numbers([proposal.numbers(step) for proposal, _ in made])
         if changed:
-            self._fit_buffers(made)
+            self._fit_buffers()
         self._rules_known = values
         if self.rules.is_cuda:
             values = values.pin_memory()  # so that the copy waits for nothing
@@ -417,7 +417,7 @@ class CoupledOptimizer(FlatState):
         done, planned = self.steps, self._planned
         self._planned = None  # what follows is not between planned steps
         self._follow()
-        self._fit_buffers([self._made_of(group) for group in self.param_groups])
+        self._fit_buffers()
         first = done - start
         rows = torch.stack([self._values_at(first + i + 1, lr=lr).view(-1) for i, lr in enumerate(lrs)])
         if planned is None or planned.shape != rows.shape or planned.device != self.rules.device:
@@ -498,18 +498,21 @@ class CoupledOptimizer(FlatState):
         self._mutated: list[Tensor] = [p for row in replicas.trained for p in row]
         self._mutated += [replicas.masters.rows, *self._buffers.values(), *self._shown, self._stats]
         self._mutated += [replicas.anchor] if self._moves_anchor and replicas.anchor is not None else []
+        self._note_waiting()
         self._known = None
 
-    def _fit_buffers(self, made: list[tuple[Proposal, Coupling]]) -> None:
+    def _fit_buffers(self) -> None:
         """Makes the buffers what new settings need: a momentum that was 0, another mode, an average that got a pull."""
         if (self._buffer_names(), self._kind()) != (self._needed, (self._explicit, self._moves_anchor)):
             self._make_buffers()
-        # Without a momentum torch leaves a buffer as it is. The kernels fill it with gradients if another group has one.
-        waiting = [isinstance(proposal, SGD) and proposal.momentum == 0 for proposal, _ in made]
+        self._note_waiting()
+
+    def _note_waiting(self) -> None:
+        """Without a momentum torch leaves a buffer as it is; the kernels fill it with gradients if another group has one."""
         self._waiting = [
             buffer[row, tiles.start * size : tiles.stop * size]
-            for group, waits in zip(self.param_groups, waiting, strict=True)
-            if waits
+            for group in self.param_groups
+            if "momentum" in group and group["momentum"] == 0
             for tiles in map(self.replicas.layout.tiles, self._indices(group))
             for buffers, size in ((self._state_rows, TILE), (self._state_scales, TILE // SCALED))
             for buffer in buffers

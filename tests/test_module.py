@@ -494,6 +494,19 @@ def test_a_buffer_without_a_momentum_keeps_its_bytes(state_format):
         assert was.any()
 
 
+def test_a_buffer_that_waits_is_found_where_the_replicas_went():
+    optimizer = hta.CoupledOptimizer(
+        hta.Replicas(Net(), 2), hta.SGD(0.1, 0.9), hta.Homotopy(), groups=[{"params": "fc.weight", "momentum": 0.0}]
+    )
+    optimizer.plan([0.1] * 4)
+    for move in (lambda r: r, lambda r: r.double(), lambda r: r.float()):
+        move(optimizer.replicas)
+        optimizer.replicas.grads.fill_(1.0)
+        optimizer.step()
+        assert not optimizer.state[optimizer.replicas.theta.fc.weight]["momentum_buffer"].any()
+        assert optimizer.state[optimizer.replicas.theta.conv.weight]["momentum_buffer"].all()
+
+
 @pytest.mark.parametrize("first", [hta.Toward(0.0), hta.Average(every=100)])
 def test_a_setting_in_a_tensor_that_changes_in_place_is_noticed(first):
     optimizer = hta.CoupledOptimizer(hta.Replicas(torch.nn.Linear(4, 4), 2, {}, anchor="zero"), hta.SGD(1.0), first)
