@@ -307,7 +307,7 @@ PLANTED = {
     "another copy's rule": ("(label * (m + 1) + j) * kRule", "(label * (m + 1)) * kRule"),
     "a state that stays": ("      for (int buffer = 0; for_good && args.states[0]", "      for (int buffer = 1; for_good && args.states[0]"),
     "a byte of the labels": ("int32_t(packed >> (8 * lane)) & 0xff", "int32_t(packed) & 0xff"),
-    "a flag nobody raises": ("if (poison != poison) *args.nonfinite = 1;  //", "if (poison == 1) *args.nonfinite = 1;  //"),
+    "a flag nobody raises": ("if (poison != poison) args.nonfinite[1] = 1;  //", "if (poison == 1) args.nonfinite[1] = 1;  //"),
 }  # fmt: skip
 
 
