@@ -56,10 +56,12 @@ def check_coupling(coupling: Coupling, replicas: Replicas) -> None:
         )
 
 
-def split(groups: Iterable[Mapping[str, Any]], replicas: Replicas) -> list[dict[str, Any]]:
-    """torch's param_groups from ours: the rest first, then each of `groups`; copy 0's parameters, then copy 1's, …"""
+def split(groups: Iterable[Mapping[str, Any]], replicas: Replicas, index_of: Mapping[int, int]) -> list[dict[str, Any]]:
+    """torch's param_groups from ours: the rest first, then each of `groups`; copy 0's parameters, then copy 1's, …
+
+    index_of: the layout's number of copy 0's parameters, by id.
+    """
     names, rows = replicas.layout.names, replicas.trained
-    index_of = {id(p): i for i, p in enumerate(rows[0])}
     taken: set[int] = set()
     result = []
     if isinstance(groups, str | Mapping) or not isinstance(groups, Iterable):

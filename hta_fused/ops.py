@@ -310,13 +310,16 @@ def _as_stats(stats: Tensor | None, first: Tensor) -> Tensor:
 def _check_apart(written: Mapping[str, Any], read: Mapping[str, Any], names: Mapping[str, str]) -> None:
     """Raises where a contiguous tensor that is written shares memory with another. Both: lists of tensors by name;
     names: what the user calls them."""
+
+    def called(name: str, j: int | None) -> str:
+        own = name if j is None else f"{name}[{j}]"
+        return names.get(own, own)
+
     for name, rows in written.items():
         for j, row in enumerate(rows):
             if row is not None and is_traceable_wrapper_subclass(row):
-                shown_name = name if len(rows) == 1 else f"{name}[{j}]"
-                raise TypeError(
-                    f"{names.get(shown_name, shown_name)} must be a plain tensor, got a {type(row).__name__}"
-                )
+                which = called(name, j if len(rows) > 1 else None)
+                raise TypeError(f"{which} must be a plain tensor, got a {type(row).__name__}")
     spans = [
         (row.data_ptr(), row.data_ptr() + row.nbytes, writes, name, j if len(rows) > 1 else None)
         for rows_by_name, writes in ((written, True), (read, False))
@@ -330,8 +333,7 @@ def _check_apart(written: Mapping[str, Any], read: Mapping[str, Any], names: Map
     for span in spans:
         other = far if span[2] else far_written
         if span[0] < min(other[1], span[1]):
-            first, second = (name if j is None else f"{name}[{j}]" for *_, name, j in (other, span))
-            first, second = names.get(first, first), names.get(second, second)
+            first, second = (called(name, j) for *_, name, j in (other, span))
             raise ValueError(f"{second} must not share memory with {first}, as one of them is written")
         if span[1] > far[1]:
             far = span

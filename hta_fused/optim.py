@@ -140,7 +140,7 @@ class CoupledOptimizer(FlatState):
         if not isinstance(proposal, SGD):
             del defaults["dampening"]
         self._coupling_class = type(coupling)
-        super().__init__(split(groups, replicas), defaults)
+        super().__init__(split(groups, replicas, self._index_of), defaults)
         self._grouped = self._params_of_groups()
         self._write_codes()
         # What the kernels read, a row for each group; see csrc/args.h.
@@ -505,7 +505,8 @@ class CoupledOptimizer(FlatState):
         """Makes the buffers what new settings need: a momentum that was 0, another mode, an average that got a pull."""
         if (self._buffer_names(), self._kind()) != (self._needed, (self._explicit, self._moves_anchor)):
             self._make_buffers()
-        self._note_waiting()
+        else:
+            self._note_waiting()
 
     def _note_waiting(self) -> None:
         """Without a momentum torch leaves a buffer as it is; the kernels fill it with gradients if another group has one."""

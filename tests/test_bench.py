@@ -80,9 +80,10 @@ def test_the_model_of_a_network_has_its_limits_right():
 
 
 @pytest.mark.parametrize("labels", ["structural", "random"])
-@pytest.mark.parametrize(("dtype", "anchor"), [(torch.float32, True), (torch.float64, False)])
+@pytest.mark.parametrize("anchor", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("copies", "proposal"), [(1, "AdamW"), (2, "SGD"), (3, "AdamW")])
-def test_every_rival_does_what_ours_does(labels, dtype, anchor, copies, proposal):
+def test_every_rival_does_what_ours_does(labels, anchor, dtype, copies, proposal):
     shapes = [torch.Size([6, 4, 3, 3]), torch.Size([6]), torch.Size([700, 5])]
     options = dict(copies=copies, proposal=proposal, labels=labels, anchor=anchor, dtype=dtype)
     measure.contenders(lambda: workloads.of_shapes("x", shapes, **options))

@@ -310,9 +310,8 @@ class Trainer:
         file = self.out / "summary.json"
         summary = summarise(self.rows, self.settings, self.fingerprint, self.tested)
         known = json.loads(file.read_text()) if file.exists() else None
-        if (
-            isinstance(known, dict) and known.get("runs") == summary["runs"]
-        ):  # finished before, and resumed for no reason
+        # Finished before, and resumed for no reason.
+        if isinstance(known, dict) and known.get("runs") == summary["runs"]:
             summary = known
         else:
             save_atomically(self.out / "curves.png", lambda path: curves(self.rows, path))
