@@ -28,11 +28,10 @@
 #endif
 
 namespace hta::cpu {
-// Hardware prefetchers lose some of this many streams at each page. Six lines ahead is best at four and eight copies
-// (two cores of an EPYC: 1.00 of the triad, against 0.90 at 1 KiB and 0.85 without) and nearly so at one and two.
+// Hardware prefetchers lose some of many streams at each page; six lines ahead was the best of several distances.
 constexpr int64_t kAhead = 384;
-constexpr int64_t kBlock = 16;  // tiles: 64 KiB of each buffer. Shorter runs through memory cost a third of the bandwidth
-                                // at eight copies; what the share reads again still lies in the second-level cache
+constexpr int64_t kBlock = 16;  // tiles: 64 KiB of each buffer. Shorter runs through memory are slower; of longer ones the
+                                // second-level cache no longer holds the proposals when all are taken together
 }  // namespace hta::cpu
 
 #define HTA_ISA plain
@@ -136,6 +135,7 @@ auto step_loop(const StepArgs<T>& args) {
     if (args.m == 3) return HTA_PICK(step_range_together<P, kStates, 3, T>);
     if (args.m == 4) return HTA_PICK(step_range_together<P, kStates, 4, T>);
     if (args.m == 8) return HTA_PICK(step_range_together<P, kStates, 8, T>);
+    return HTA_PICK(step_range_together<P, kStates, 0, T>);
   }
   if (args.m == 1 && args.phase == kPropose) return HTA_PICK(step_range_alone<P, kStates, true, T>);
   if (args.m == 1 && args.phase == kShare) return HTA_PICK(step_range_alone<P, kStates, false, T>);

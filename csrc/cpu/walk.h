@@ -1,10 +1,11 @@
 // The CPU kernels over a range of tiles. Included by kernels.cpp once per instruction set; hence no include guard, and
 // no includes: the compiler's target is set around it.
 //
-// Two ways through the same arithmetic. Up to four copies, and eight, are stepped together, element by element, in
-// registers. Others are walked row by row through a block of kBlock tiles, while the sum s and what else the copies share
-// waits in the cache: one loop serves any number of copies, has no more streams than one copy has buffers, and can be cut
-// at s. What its second pass over a block reads again is still in the cache.
+// Two ways through the same arithmetic. A whole step goes through all copies together, element by element; but a machine
+// follows only some ten streams through memory, so of more than four copies all but two propose before, row by row
+// through a block of kBlock tiles, and leave their proposals in their rows, which the cache still holds when all are taken
+// together. What must look at all copies before they propose, or is cut at the sum s, goes row by row to the end, while
+// s and what else the copies share waits in the cache.
 namespace hta::cpu::HTA_ISA {
 
 // One register of elements, kBytes wide (kernels.cpp sets HTA_BYTES beside HTA_ISA).
@@ -80,7 +81,7 @@ template <class T> struct Tile {
   alignas(64) T gaps[kTile];   // sum_i read_i (x_i - x_0) for gradients, sum_i (x_i - x_0) for statistics
   alignas(64) T reads[kTile];  // sum_i read_i
   uint8_t hashed[kTile];       // labels
-  alignas(64) T zeros[kTile] = {};
+  alignas(64) static constexpr T zeros[kTile] = {};
   const T* numbers;  // the group's
   int32_t labels, m;
   int32_t uniform;  // the tile's label, or -1
@@ -198,7 +199,10 @@ template <class T, int kLabels = 0> struct Mixed {
 
 // ---------------------------------------------------------------------------------------------------------------- step
 
-// One copy's proposals over a tile, and its part in the sum. In explicit mode the quadratic terms' gradient comes first.
+struct NoRules {};  // where s is not asked for
+
+// One copy's proposals over a tile, left in its row, and its part in the sum. In explicit mode the quadratic terms'
+// gradient comes first.
 template <class P, bool kStates, bool kExplicit, class T, class Rules>
 HTA_INLINE void propose(const StepArgs<T>& args, Tile<T>& tile, const Rules& rules, T scale, int32_t j, Sum<T>& poison) {
   T* const x_ = args.copies[j] + tile.start;
@@ -217,16 +221,16 @@ HTA_INLINE void propose(const StepArgs<T>& args, Tile<T>& tile, const Rules& rul
     const V x = load<V>(x_ + i);
     V g = load<V>(g_ + i) * scale;
     poison.add(g - g);
-    const auto& rule = rules.at(Rules::template label<V>(tile, i));
-    if (kExplicit)
+    if constexpr (kExplicit)
       g += quadratic_gradient(x, V(x - load<V>(first_ + i)), load<V>(tile.gaps + i), load<V>(tile.reads + i),
-                              load<V>(tile.anchor + i), rule);
+                              load<V>(tile.anchor + i), rules.at(Rules::template label<V>(tile, i)));
     V state[2] = {kStates ? load<V>(v_ + i) : V{}, P::kStates > 1 ? load<V>(w_ + i) : V{}};
     const V a = P::propose(x, g, state, number);
     if (kStates) store(v_ + i, state[0]);
     if (P::kStates > 1) store(w_ + i, state[1]);
     store(x_ + i, a);
-    if (!kExplicit) store(tile.s + i, V(load<V>(tile.s + i) + rule.read * a));
+    if constexpr (!kExplicit && !std::is_same_v<Rules, NoRules>)
+      store(tile.s + i, V(load<V>(tile.s + i) + rules.at(Rules::template label<V>(tile, i)).read * a));
   });
 }
 
@@ -294,80 +298,100 @@ HTA_INLINE void move_centre(const StepArgs<T>& args, Tile<T>& tile, const Rules&
   });
 }
 
-// The step over a tile whose few copies fit the registers. The loops over copies are unrolled.
+// How many of m copies propose before the others.
+constexpr int32_t first_to_propose(int32_t m) { return m > 4 ? m - 2 : 0; }
+
+// The step over a tile, where the first copies have proposed. kCopies: how many there are, where that is known, so that
+// they fit the registers and the loops over them are unrolled.
 template <class P, bool kStates, int kCopies, class T, class Rules>
 HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, const Rules* rules, T scale, Sum<T>& anchored,
                               Sum<T>& pairs, Sum<T>& poison) {
+  constexpr int kMost = kCopies ? kCopies : kMaxCopies;
+  const int32_t m = kCopies ? kCopies : args.m, before = first_to_propose(m);
   typename P::template Numbers<T> number;
   __builtin_memcpy(&number, tile.numbers, sizeof(number));
   scale *= number.sign;
-  T *x_[kCopies], *v_[kCopies], *w_[kCopies];
-  const T *g_[kCopies], *const z_ = tile.anchor;
+  T *x_[kMost], *v_[kMost], *w_[kMost];
+  const T *g_[kMost], *const z_ = tile.anchor;
   T* const centre_ = args.centre ? args.centre + tile.start : nullptr;
-  for (int j = 0; j < kCopies; ++j) {
+  for (int j = 0; j < m; ++j) {
     x_[j] = args.copies[j] + tile.start;
     g_[j] = args.grads[j] + tile.start;
     v_[j] = kStates ? args.states[j] + tile.start : nullptr;
-    w_[j] = P::kStates > 1 ? args.states[kCopies + j] + tile.start : nullptr;
+    w_[j] = P::kStates > 1 ? args.states[m + j] + tile.start : nullptr;
   }
   each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
     using V = decltype(lanes);
-    V x[kCopies], s{};
+    V x[kMost], s{};
     const auto label = Rules::template label<V>(tile, i);
     prefetch(i, z_);
     const V z = load<V>(z_ + i);
-    HTA_UNROLL for (int j = 0; j < kCopies; ++j) {
+    HTA_UNROLL for (int j = 0; j < m; ++j) {
+      x[j] = load<V>(x_[j] + i);
+      if (j < before) continue;
       prefetch(i, x_[j], g_[j]);
       if (kStates) prefetch(i, v_[j]);
       if (P::kStates > 1) prefetch(i, w_[j]);
-      x[j] = load<V>(x_[j] + i);
     }
-    HTA_UNROLL for (int j = 0; j < kCopies; ++j) {
+    HTA_UNROLL for (int j = 0; j < m; ++j) {
+      if (j >= before) {
+        const V g = load<V>(g_[j] + i) * scale;
+        poison.add(g - g);
+        V state[2] = {kStates ? load<V>(v_[j] + i) : V{}, P::kStates > 1 ? load<V>(w_[j] + i) : V{}};
+        x[j] = P::propose(x[j], g, state, number);
+        if (kStates) store(v_[j] + i, state[0]);
+        if (P::kStates > 1) store(w_[j] + i, state[1]);
+      }
       const auto& rule = rules[j].at(label);
-      const V g = load<V>(g_[j] + i) * scale;
-      poison.add(g - g);
-      V state[2] = {kStates ? load<V>(v_[j] + i) : V{}, P::kStates > 1 ? load<V>(w_[j] + i) : V{}};
-      x[j] = P::propose(x[j], g, state, number);
-      if (kStates) store(v_[j] + i, state[0]);
-      if (P::kStates > 1) store(w_[j] + i, state[1]);
       s = j ? s + rule.read * x[j] : rule.read * x[j];
     }
     V gaps{};
-    HTA_UNROLL for (int j = 0; j < kCopies; ++j) {
+    HTA_UNROLL for (int j = 0; j < m; ++j) {
       const auto& rule = rules[j].at(label);
       x[j] = shared(x[j], s, z, rule);
       store(x_[j] + i, x[j]);
       anchored.add(rule.anchored * ((x[j] - z) * (x[j] - z)));
       if (j) gaps += x[j] - x[0];
     }
-    if (kCopies == 2) pairs.add(gaps * gaps);
-    HTA_UNROLL for (int j = 0; kCopies > 2 && j < kCopies; ++j) {
-      const V gap = (x[j] - x[0]) - T(1.0 / kCopies) * gaps;
-      pairs.add(T(kCopies) * (gap * gap));
+    if (m == 2) pairs.add(gaps * gaps);
+    const T part = T(1.0 / m);
+    HTA_UNROLL for (int j = 0; kCopies != 1 && kCopies != 2 && j < m; ++j) {
+      const V gap = (x[j] - x[0]) - part * gaps;
+      pairs.add(T(m) * (gap * gap));
     }
-    if (centre_) store(centre_ + i, shared(load<V>(centre_ + i), s, z, rules[kCopies].at(label)));
+    if (centre_) store(centre_ + i, shared(load<V>(centre_ + i), s, z, rules[m].at(label)));
   });
 }
 
 // sums: the anchor's, the pairs', NaN for a gradient that is not finite. In T within the range, in double beyond.
 template <class P, bool kStates, int kCopies, class T>
 void step_range_together(const StepArgs<T>& args, int64_t begin, int64_t end, double sums[3]) {
+  constexpr int kMost = kCopies ? kCopies : kMaxCopies;
+  const int32_t m = kCopies ? kCopies : args.m, before = first_to_propose(m);
   const T scale = T(1.0 / args.grad_scale.get(1));
-  Tile<T>& tile = own_tiles<T>()[0];
+  Tile<T>* const block = own_tiles<T>();
   Sum<T> anchored, pairs, poison;
-  Uniform<T> uniform[kCopies + 1];
-  Mixed<T, kCopies + 1> mixed[kCopies + 1];
+  Uniform<T> uniform[kMost + 1];
+  Mixed<T, kCopies ? kCopies + 1 : 0> mixed[kMost + 1];
   const T* numbers = nullptr;  // whose rules `mixed` holds
-  for (int64_t start = begin; start < end; start += tile.count) {
-    tile.open(args.pattern, args.rules, kCopies, kCopies, args.anchor, start, end);
-    if (tile.uniform >= 0) {
-      tile.extend(args.pattern, end);
-      for (int j = 0; j <= kCopies; ++j) uniform[j] = {tile, j};
-      step_together<P, kStates, kCopies>(args, tile, uniform, scale, anchored, pairs, poison);
-    } else {
-      for (int j = 0; j <= kCopies && tile.numbers != numbers; ++j) mixed[j] = {tile, j};
-      numbers = tile.numbers;
-      step_together<P, kStates, kCopies>(args, tile, mixed, scale, anchored, pairs, poison);
+  for (int64_t start = begin; start < end;) {
+    int64_t tiles = 0;
+    for (; tiles < (before ? kBlock : 1) && start < end; start += block[tiles++].count) {
+      block[tiles].open(args.pattern, args.rules, m, m, args.anchor, start, end);
+      if (block[tiles].uniform >= 0) block[tiles].extend(args.pattern, end);
+    }
+    for (int32_t j = 0; j < before; ++j)
+      for (int64_t b = 0; b < tiles; ++b) propose<P, kStates, false>(args, block[b], NoRules{}, scale, j, poison);
+    for (int64_t b = 0; b < tiles; ++b) {
+      const Tile<T>& tile = block[b];
+      if (tile.uniform >= 0) {
+        for (int j = 0; j <= m; ++j) uniform[j] = {tile, j};
+        step_together<P, kStates, kCopies>(args, tile, uniform, scale, anchored, pairs, poison);
+      } else {
+        for (int j = 0; j <= m && tile.numbers != numbers; ++j) mixed[j] = {tile, j};
+        numbers = tile.numbers;
+        step_together<P, kStates, kCopies>(args, tile, mixed, scale, anchored, pairs, poison);
+      }
     }
   }
   sums[0] = anchored.total(), sums[1] = pairs.total(), sums[2] = poison.total();
