@@ -13,6 +13,7 @@ constexpr int kBytes = HTA_BYTES;
 template <class T> struct Lanes {
   static constexpr int kCount = kBytes / sizeof(T);
   using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef uint32_t Words __attribute__((vector_size(kBytes)));
   typedef T V __attribute__((vector_size(kBytes)));
   typedef T Unaligned __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
   typedef Integer Index __attribute__((vector_size(kBytes)));
@@ -85,11 +86,14 @@ template <class T> struct Tile {
   const T* numbers;  // the group's
   int32_t labels, m;
   int32_t uniform;  // the tile's label, or -1
-  const uint8_t* label;  // of each element, if not
+  const uint8_t* label;  // of each element, if not; or null: `keys` give it
+  HashKeys keys;
   const T* anchor;  // of this tile; zeros where there is none
   int64_t start, count;
 
-  void open(const Pattern& pattern, const T* rules, int32_t copies, int32_t blocks, const T* anchors, int64_t start_, int64_t end) {
+  // once: each label is asked for a single time, so that hashed ones need not be kept.
+  void open(const Pattern& pattern, const T* rules, int32_t copies, int32_t blocks, const T* anchors, int64_t start_, int64_t end,
+            bool once = false) {
     m = copies, labels = blocks + 1, start = start_, count = std::min(kTile, end - start);
     anchor = anchors ? anchors + start : zeros;
     const int64_t at = start / kTile;
@@ -101,17 +105,21 @@ template <class T> struct Tile {
       uniform = -1;
       for (int64_t i = 0; i < kTile; i += 64) __builtin_prefetch(label + kTile + i);  // the next mixed tile's
     } else if (uniform == kHashed) {
-      uniform = -1, label = hashed;
-      const HashKeys keys = hash_keys(*pattern.seed, at);
-      for (uint32_t i = 0; i < kTile; ++i) hashed[i] = hashed_label(keys, i, uint32_t(blocks));
+      uniform = -1, label = once ? nullptr : hashed;
+      keys = hash_keys(*pattern.seed, at);
+      for (uint32_t i = 0; i < kTile && !once; ++i) hashed[i] = hashed_label(keys, i, uint32_t(blocks));
     }
   }
 
-  // Up to `end`, as far as tiles are alike: the fewer starts, the fewer pauses.
+  // Up to `end`, as far as tiles are of one label, or their labels' bytes follow each other: the fewer starts, the fewer
+  // pauses.
   void extend(const Pattern& pattern, int64_t end) {
-    if (anchor == zeros) return;
+    if (anchor == zeros || (uniform < 0 && (!label || label == hashed))) return;
     const int32_t* const codes = pattern.codes;
-    const auto alike = [&](int64_t at) { return !codes || (codes[2 * at] == codes[2 * at - 2] && codes[2 * at + 1] == codes[2 * at - 1]); };
+    const int32_t next = uniform < 0 ? -1 : 0;  // a row of bytes has its number's complement for a code
+    const auto alike = [&](int64_t at) {
+      return !codes || (codes[2 * at] == codes[2 * at - 2] && codes[2 * at + 1] == codes[2 * at - 1] + next);
+    };
     while (start + count < end && alike((start + count) / kTile)) count = std::min(count + kTile, end - start);
   }
 
@@ -146,6 +154,9 @@ template <class T> struct Uniform {
   HTA_INLINE const Rule<T>& at(int) const { return rule; }
 };
 
+// Whether a hash fills a lane, so that labels can be hashed in the registers that ask for them.
+template <class T> constexpr bool kHashes = sizeof(T) == sizeof(uint32_t);
+
 // kLabels: how many there are, where that is known.
 template <class T, int kLabels = 0> struct Mixed {
   using V = typename Lanes<T>::V;
@@ -166,12 +177,26 @@ template <class T, int kLabels = 0> struct Mixed {
 
   // A label above the range is the last.
   template <class W> static HTA_INLINE auto label(const Tile<T>& tile, int64_t i) {
+    if constexpr (kHashes<T>) {
+      if (!tile.label) return hashed<W>(tile, i);
+    }
     if constexpr (std::is_same_v<W, T>) {
       return Integer(std::min<int32_t>(tile.label[i], tile.labels - 1));
     } else {
       const Index l = widen<T>(tile.label + i);
       const Index last = Index{} + Integer((kLabels ? kLabels : tile.labels) - 1);
       return l < last ? l : last;
+    }
+  }
+
+  template <class W> static HTA_INLINE auto hashed(const Tile<T>& tile, int64_t i) {
+    const uint32_t blocks = tile.labels - 1;
+    if constexpr (std::is_same_v<W, T>) {
+      return Integer(hashed_label(tile.keys, uint32_t(i), blocks));
+    } else {
+      typename Lanes<T>::Words lanes;
+      for (int lane = 0; lane < kCount; ++lane) lanes[lane] = lane;
+      return Index(hashed_label(tile.keys, typename Lanes<T>::Words(lanes + uint32_t(i)), blocks));
     }
   }
 
@@ -377,8 +402,8 @@ void step_range_together(const StepArgs<T>& args, int64_t begin, int64_t end, do
   for (int64_t start = begin; start < end;) {
     int64_t tiles = 0;
     for (; tiles < (before ? kBlock : 1) && start < end; start += block[tiles++].count) {
-      block[tiles].open(args.pattern, args.rules, m, m, args.anchor, start, end);
-      if (block[tiles].uniform >= 0) block[tiles].extend(args.pattern, end);
+      block[tiles].open(args.pattern, args.rules, m, m, args.anchor, start, end, kHashes<T>);
+      block[tiles].extend(args.pattern, end);
     }
     for (int32_t j = 0; j < before; ++j)
       for (int64_t b = 0; b < tiles; ++b) propose<P, kStates, false>(args, block[b], NoRules{}, scale, j, poison);
