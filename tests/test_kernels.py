@@ -283,6 +283,29 @@ def test_buffers_may_start_anywhere_and_nothing_beyond_them_is_touched(backend, 
         assert (frame[start + n :] == 7).all()
 
 
+@pytest.mark.parametrize("m", [2, 6])
+def test_tiles_take_their_rows_of_labels_in_any_order(backend, m):
+    """Rows follow each other, repeat, turn back, leave one out; and so do groups."""
+    rows, groups = [0, 1, 2, 2, 1, 3, 4, 6, 7, 8], [0, 0, 0, 0, 0, 0, 0, 1, 1, 0]
+    n, proposal, coupling = len(rows) * 1024 - 30, PROPOSALS["momentum"], hta.Homotopy(0.05)
+    tensors = tensors_of(m, n, torch.float32, proposal)
+    bytes_ = torch.randint(0, m + 1, (9 * 1024,), dtype=torch.uint8)
+    codes = torch.tensor([[group, ~row] for group, row in zip(groups, rows, strict=True)], dtype=torch.int32)
+    rules = torch.stack([ops.rules_of(hta.SGD(lr, 0.9), coupling, m) for lr in (0.1, 0.3)]).to(bytes_.device, torch.float32)
+    after = []
+    for name in (backend, "reference"):
+        hta.use_backend(name)
+        used = clones(tensors)
+        kernels.kernels(used["copies"]).step_(
+            [used["copies"]], [used["grads"]], [*used["states"]], [], used["anchor"], None, None, codes, bytes_, None, rules,
+            None, None, used["stats"], proposal.kernel, False, False, 3, [], [], None,
+        )  # fmt: skip
+        after.append(used)
+    assert torch.equal(after[0]["copies"], after[1]["copies"])
+    assert torch.equal(after[0]["states"][0], after[1]["states"][0])
+    assert torch.allclose(after[0]["stats"], after[1]["stats"], rtol=1e-5)
+
+
 @needs_gpu_backend
 def test_codes_that_name_nothing_are_read_as_harmless(backend):
     """On a GPU nobody can look at the codes without waiting; they must not lead outside the rules."""
