@@ -291,7 +291,9 @@ def test_tiles_take_their_rows_of_labels_in_any_order(backend, m):
     tensors = tensors_of(m, n, torch.float32, proposal)
     bytes_ = torch.randint(0, m + 1, (9 * 1024,), dtype=torch.uint8)
     codes = torch.tensor([[group, ~row] for group, row in zip(groups, rows, strict=True)], dtype=torch.int32)
-    rules = torch.stack([ops.rules_of(hta.SGD(lr, 0.9), coupling, m) for lr in (0.1, 0.3)]).to(bytes_.device, torch.float32)
+    rules = torch.stack([ops.rules_of(hta.SGD(lr, 0.9), coupling, m) for lr in (0.1, 0.3)]).to(
+        bytes_.device, torch.float32
+    )
     after = []
     for name in (backend, "reference"):
         hta.use_backend(name)
