@@ -13,7 +13,6 @@ constexpr int kBytes = HTA_BYTES;
 template <class T> struct Lanes {
   static constexpr int kCount = kBytes / sizeof(T);
   using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef uint32_t Words __attribute__((vector_size(kBytes)));
   typedef T V __attribute__((vector_size(kBytes)));
   typedef T Unaligned __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
   typedef Integer Index __attribute__((vector_size(kBytes)));
@@ -77,6 +76,9 @@ template <class T> struct Sum {
 
 // ------------------------------------------------------------------------------------------------- a tile and its rules
 
+// Whether a hash fills a lane, so that labels can be hashed in the registers that ask for them.
+template <class T> constexpr bool kHashes = sizeof(T) == sizeof(uint32_t);
+
 template <class T> struct Tile {
   alignas(64) T s[kTile];      // the sum: of the proposals, or in explicit mode of the copies
   alignas(64) T gaps[kTile];   // sum_i read_i (x_i - x_0) for gradients, sum_i (x_i - x_0) for statistics
@@ -105,9 +107,10 @@ template <class T> struct Tile {
       uniform = -1;
       for (int64_t i = 0; i < kTile; i += 64) __builtin_prefetch(label + kTile + i);  // the next mixed tile's
     } else if (uniform == kHashed) {
-      uniform = -1, label = once ? nullptr : hashed;
-      keys = hash_keys(*pattern.seed, at);
-      for (uint32_t i = 0; i < kTile && !once; ++i) hashed[i] = hashed_label(keys, i, uint32_t(blocks));
+      uniform = -1, label = nullptr, keys = hash_keys(*pattern.seed, at);
+      if (once && kHashes<T>) return;
+      label = hashed;
+      for (uint32_t i = 0; i < kTile; ++i) hashed[i] = hashed_label(keys, i, uint32_t(blocks));
     }
   }
 
@@ -154,9 +157,6 @@ template <class T> struct Uniform {
   HTA_INLINE const Rule<T>& at(int) const { return rule; }
 };
 
-// Whether a hash fills a lane, so that labels can be hashed in the registers that ask for them.
-template <class T> constexpr bool kHashes = sizeof(T) == sizeof(uint32_t);
-
 // kLabels: how many there are, where that is known.
 template <class T, int kLabels = 0> struct Mixed {
   using V = typename Lanes<T>::V;
@@ -190,14 +190,12 @@ template <class T, int kLabels = 0> struct Mixed {
   }
 
   template <class W> static HTA_INLINE auto hashed(const Tile<T>& tile, int64_t i) {
-    const uint32_t blocks = tile.labels - 1;
-    if constexpr (std::is_same_v<W, T>) {
-      return Integer(hashed_label(tile.keys, uint32_t(i), blocks));
-    } else {
-      typename Lanes<T>::Words lanes;
-      for (int lane = 0; lane < kCount; ++lane) lanes[lane] = lane;
-      return Index(hashed_label(tile.keys, typename Lanes<T>::Words(lanes + uint32_t(i)), blocks));
-    }
+    constexpr bool kAlone = std::is_same_v<W, T>;
+    auto at = typename Words<W>::U{} + uint32_t(i);
+    if constexpr (!kAlone)
+      for (int lane = 0; lane < kCount; ++lane) at[lane] += lane;
+    const uint32_t blocks = (kLabels ? kLabels : tile.labels) - 1;
+    return std::conditional_t<kAlone, Integer, Index>(hashed_label(tile.keys, at, blocks));
   }
 
   HTA_INLINE Rule<T> at(Integer l) const { return {table[0][l], table[1][l], table[2][l], table[3][l], table[4][l]}; }
@@ -402,7 +400,7 @@ void step_range_together(const StepArgs<T>& args, int64_t begin, int64_t end, do
   for (int64_t start = begin; start < end;) {
     int64_t tiles = 0;
     for (; tiles < (before ? kBlock : 1) && start < end; start += block[tiles++].count) {
-      block[tiles].open(args.pattern, args.rules, m, m, args.anchor, start, end, kHashes<T>);
+      block[tiles].open(args.pattern, args.rules, m, m, args.anchor, start, end, true);
       block[tiles].extend(args.pattern, end);
     }
     for (int32_t j = 0; j < before; ++j)
@@ -469,9 +467,9 @@ void step_range_alone(const StepArgs<T>& args, int64_t begin, int64_t end, doubl
   Tile<T>& tile = own_tiles<T>()[0];
   Sum<T> anchored, poison;
   for (int64_t start = begin; start < end; start += tile.count) {
-    tile.open(args.pattern, args.rules, 1, args.blocks, args.anchor, start, end);
+    tile.open(args.pattern, args.rules, 1, args.blocks, args.anchor, start, end, true);
+    tile.extend(args.pattern, end);
     if (tile.uniform >= 0) {
-      tile.extend(args.pattern, end);
       step_alone<P, kStates, kProposes>(args, tile, Uniform<T>(tile, 0), Uniform<T>(tile, 1), scale, anchored, poison);
     } else {
       step_alone<P, kStates, kProposes>(args, tile, Mixed<T>(tile, 0), Mixed<T>(tile, 1), scale, anchored, poison);
