@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -28,6 +29,7 @@
 #endif
 
 namespace hta::cpu {
+alignas(64) constexpr uint32_t kFrom0[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 // Hardware prefetchers lose some of many streams at each page; six lines ahead was the best of several distances.
 constexpr int64_t kAhead = 384;
 constexpr int64_t kBlock = 16;  // tiles: 64 KiB of each buffer. Shorter runs through memory are slower; of longer ones the
@@ -183,7 +185,7 @@ bool all_finite(const StepArgs<T>& args) {
   const auto loop = HTA_PICK(poison_range<T>);
   double sums[3];
   over_chunks(args.n, sums, [&](int64_t begin, int64_t end, double* partial) {
-    for (int32_t j = 0; j < args.m; ++j) *partial += loop(args.grads[j], begin, end);
+    for (int32_t j = 0; j < args.m; ++j) *partial += loop(args.grads[j], begin, end, T(1));
   });
   return sums[0] == 0;
 }

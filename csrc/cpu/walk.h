@@ -8,6 +8,8 @@
 // s, goes row by row to the end, while s and what else the copies share waits in the cache.
 namespace hta::cpu::HTA_ISA {
 
+template <class T> constexpr int64_t kLine = 64 / sizeof(T);  // elements of a line of the cache
+
 // One register of elements, kBytes wide (kernels.cpp sets HTA_BYTES beside HTA_ISA).
 constexpr int kBytes = HTA_BYTES;
 template <class T> struct Lanes {
@@ -28,9 +30,10 @@ template <class V, class T> HTA_INLINE void store(T* p, V value) {
   else *reinterpret_cast<typename Lanes<T>::Unaligned*>(p) = value;
 }
 
-// A copy's next tile, while this one is worked on; a prefetch past the end of a buffer is harmless.
-template <class... T> HTA_INLINE void prefetch(int64_t i, const T*... streams) {
-  (__builtin_prefetch(reinterpret_cast<const char*>(streams + i) + kAhead), ...);
+// What comes kAhead further, once for each line; a prefetch past the end of a buffer is harmless.
+template <class T, class... Rest> HTA_INLINE void prefetch(int64_t i, const T* stream, const Rest*... rest) {
+  if (i % kLine<T> == 0) __builtin_prefetch(reinterpret_cast<const char*>(stream + i) + kAhead);
+  if constexpr (sizeof...(rest)) prefetch(i, rest...);
 }
 
 // kCount bytes as integers. GCC 12 would move them one by one, or in halves.
@@ -50,10 +53,25 @@ template <class T> HTA_INLINE typename Lanes<T>::Index widen(const uint8_t* p) {
 #endif
 }
 
-// Calls body(lane type, i) for i in [0, count): whole lane groups, then single elements.
+// GCC 12 compares, and then blends.
+template <class T> HTA_INLINE typename Lanes<T>::Index smaller(typename Lanes<T>::Index a, typename Lanes<T>::Index b) {
+  using Index = typename Lanes<T>::Index;
+#if HTA_BYTES == 64
+  if constexpr (sizeof(T) == 4) return Index(_mm512_min_epi32(__m512i(a), __m512i(b)));
+#elif HTA_BYTES == 32
+  if constexpr (sizeof(T) == 4) return Index(_mm256_min_epi32(__m256i(a), __m256i(b)));
+#endif
+  return a < b ? a : b;
+}
+
+// Calls body(lane type, i) for i in [0, count): whole lines, lane groups, then single elements. The loop's own counting,
+// and prefetches, are once for a line, where a core's instructions are the limit.
 template <class T, class Body> HTA_INLINE void each(int64_t count, const Body& body) {
   constexpr int kCount = Lanes<T>::kCount;
   int64_t i = 0;
+  if constexpr (kCount < kLine<T>)
+    for (; i + kLine<T> <= count; i += kLine<T>)
+      HTA_UNROLL for (int64_t lane = 0; lane < kLine<T>; lane += kCount) body(typename Lanes<T>::V{}, i + lane);
   for (; i + kCount <= count; i += kCount) body(typename Lanes<T>::V{}, i);
   for (; i < count; ++i) body(T{}, i);
 }
@@ -79,6 +97,14 @@ template <class T> struct Sum {
 // Whether a hash fills a lane, so that labels can be hashed in the registers that ask for them.
 template <class T> constexpr bool kHashes = sizeof(T) == sizeof(uint32_t);
 
+// The labels of a tile that mixes them. Apart, so that a loop can hold them: of all else in memory the compiler must
+// think that the loop's stores change it.
+struct Labels {
+  const uint8_t* bytes;  // or null: `keys` give them
+  HashKeys keys;
+  int32_t count;  // how many there are to choose from
+};
+
 template <class T> struct Tile {
   alignas(64) T s[kTile];      // the sum: of the proposals, or in explicit mode of the copies
   alignas(64) T gaps[kTile];   // sum_i read_i (x_i - x_0) for gradients, sum_i (x_i - x_0) for statistics
@@ -86,38 +112,37 @@ template <class T> struct Tile {
   uint8_t hashed[kTile];       // labels
   alignas(64) static constexpr T zeros[kTile] = {};
   const T* numbers;  // the group's
-  int32_t labels, m;
+  int32_t m;
   int32_t uniform;  // the tile's label, or -1
-  const uint8_t* label;  // of each element, if not; or null: `keys` give it
-  HashKeys keys;
+  Labels labels;
   const T* anchor;  // of this tile; zeros where there is none
   int64_t start, count;
 
   // once: each label is asked for a single time, so that hashed ones need not be kept.
   void open(const Pattern& pattern, const T* rules, int32_t copies, int32_t blocks, const T* anchors, int64_t start_, int64_t end,
             bool once = false) {
-    m = copies, labels = blocks + 1, start = start_, count = std::min(kTile, end - start);
+    m = copies, labels.count = blocks + 1, start = start_, count = std::min(kTile, end - start);
     anchor = anchors ? anchors + start : zeros;
     const int64_t at = start / kTile;
     const int32_t group = pattern.codes ? pattern.codes[2 * at] : 0;
     uniform = pattern.codes ? pattern.codes[2 * at + 1] : pattern.bytes ? -1 : 0;
     numbers = rules + group * rules_width(m, blocks);
     if (uniform < 0) {
-      label = pattern.bytes + kTile * (pattern.codes ? ~uniform : at);
+      labels.bytes = pattern.bytes + kTile * (pattern.codes ? ~uniform : at);
       uniform = -1;
-      for (int64_t i = 0; i < kTile; i += 64) __builtin_prefetch(label + kTile + i);  // the next mixed tile's
+      for (int64_t i = 0; i < kTile; i += 64) __builtin_prefetch(labels.bytes + kTile + i);  // the next mixed tile's
     } else if (uniform == kHashed) {
-      uniform = -1, label = nullptr, keys = hash_keys(*pattern.seed, at);
+      uniform = -1, labels.bytes = nullptr, labels.keys = hash_keys(*pattern.seed, at);
       if (once && kHashes<T>) return;
-      label = hashed;
-      for (uint32_t i = 0; i < kTile; ++i) hashed[i] = hashed_label(keys, i, uint32_t(blocks));
+      labels.bytes = hashed;
+      for (uint32_t i = 0; i < kTile; ++i) hashed[i] = hashed_label(labels.keys, i, uint32_t(blocks));
     }
   }
 
   // Up to `end`, as far as tiles are of one label, or their labels' bytes follow each other: the fewer starts, the fewer
   // pauses.
   void extend(const Pattern& pattern, int64_t end) {
-    if (anchor == zeros || (uniform < 0 && (!label || label == hashed))) return;
+    if (anchor == zeros || (uniform < 0 && (!labels.bytes || labels.bytes == hashed))) return;
     const int32_t* const codes = pattern.codes;
     const int32_t next = uniform < 0 ? -1 : 0;  // a row of bytes has its number's complement for a code
     const auto alike = [&](int64_t at) {
@@ -153,7 +178,7 @@ template <class T> struct Uniform {
     const T* r = tile.rule(tile.uniform, j);
     rule = {r[0], r[1], r[2], r[3], r[4]};
   }
-  template <class V> static HTA_INLINE int label(const Tile<T>&, int64_t) { return 0; }
+  template <class V> static HTA_INLINE int label(const Labels&, int64_t) { return 0; }
   HTA_INLINE const Rule<T>& at(int) const { return rule; }
 };
 
@@ -163,39 +188,31 @@ template <class T, int kLabels = 0> struct Mixed {
   using Integer = typename Lanes<T>::Integer;
   using Index = typename Lanes<T>::Index;
   static constexpr int kCount = Lanes<T>::kCount;
-  // Within four lanes a look-up is half as long.
-  static constexpr bool kFour = HTA_BYTES == 32 && sizeof(T) == 4 && kLabels && kLabels <= 4;
   static constexpr int kParts = ((kLabels ? kLabels : kMaxCopies + 1) + kCount - 1) / kCount;  // registers for a number of all labels
   alignas(64) T table[kRule][kParts * kCount];
   int32_t runtime_labels;
 
   Mixed() = default;
-  Mixed(const Tile<T>& tile, int32_t j) : runtime_labels(tile.labels) {
-    for (int l = 0; l < tile.labels; ++l)
-      for (int k = 0; k < kRule; ++k) table[k][l] = table[k][kFour ? l + 4 : l] = tile.rule(l, j)[k];
+  Mixed(const Tile<T>& tile, int32_t j) : runtime_labels(tile.labels.count) {
+    for (int l = 0; l < tile.labels.count; ++l)
+      for (int k = 0; k < kRule; ++k) table[k][l] = tile.rule(l, j)[k];
   }
 
   // A label above the range is the last.
-  template <class W> static HTA_INLINE auto label(const Tile<T>& tile, int64_t i) {
+  template <class W> static HTA_INLINE auto label(const Labels& labels, int64_t i) {
+    const int32_t count = kLabels ? kLabels : labels.count;
     if constexpr (kHashes<T>) {
-      if (!tile.label) return hashed<W>(tile, i);
+      if (!labels.bytes) return hashed<W>(labels.keys, i, count);
     }
-    if constexpr (std::is_same_v<W, T>) {
-      return Integer(std::min<int32_t>(tile.label[i], tile.labels - 1));
-    } else {
-      const Index l = widen<T>(tile.label + i);
-      const Index last = Index{} + Integer((kLabels ? kLabels : tile.labels) - 1);
-      return l < last ? l : last;
-    }
+    if constexpr (std::is_same_v<W, T>) return Integer(std::min<int32_t>(labels.bytes[i], count - 1));
+    else return smaller<T>(widen<T>(labels.bytes + i), Index{} + Integer(count - 1));
   }
 
-  template <class W> static HTA_INLINE auto hashed(const Tile<T>& tile, int64_t i) {
+  template <class W> static HTA_INLINE auto hashed(HashKeys keys, int64_t i, int32_t count) {
     constexpr bool kAlone = std::is_same_v<W, T>;
     auto at = typename Words<W>::U{} + uint32_t(i);
-    if constexpr (!kAlone)
-      for (int lane = 0; lane < kCount; ++lane) at[lane] += lane;
-    const uint32_t blocks = (kLabels ? kLabels : tile.labels) - 1;
-    return std::conditional_t<kAlone, Integer, Index>(hashed_label(tile.keys, at, blocks));
+    if constexpr (!kAlone) at ^= *reinterpret_cast<const typename Words<W>::U*>(kFrom0);  // i is a multiple of their number
+    return std::conditional_t<kAlone, Integer, Index>(hashed_label(keys, at, uint32_t(count - 1)));
   }
 
   HTA_INLINE Rule<T> at(Integer l) const { return {table[0][l], table[1][l], table[2][l], table[3][l], table[4][l]}; }
@@ -204,9 +221,6 @@ template <class T, int kLabels = 0> struct Mixed {
   HTA_INLINE V pick(int k, Index l) const {
     const int labels = kLabels ? kLabels : runtime_labels;
     V result;
-#if HTA_BYTES == 32
-    if constexpr (kFour) return V(_mm256_permutevar_ps(__m256(load<V>(table[k])), __m256i(l)));
-#endif
     if constexpr (HTA_SHUFFLES) {  // one instruction for each register of labels
       result = HTA_SHUFFLE(load<V>(table[k]), l);
       for (int part = 1; part * kCount < labels; ++part)
@@ -222,12 +236,28 @@ template <class T, int kLabels = 0> struct Mixed {
 
 // ---------------------------------------------------------------------------------------------------------------- step
 
-struct NoRules {};  // where s is not asked for
+// NaN if any of [begin, end) of a row, times scale, is not finite, else 0.
+template <class T>
+double poison_range(const T* x, int64_t begin, int64_t end, T scale = 1) {
+  Sum<T> poison;
+  each<T>(end - begin, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+    prefetch(begin + i, x);
+    const auto value = load<decltype(lanes)>(x + begin + i) * scale;
+    poison.add(value - value);
+  });
+  return poison.total();
+}
+
+// Where s, and a look for what is not finite, come later.
+struct NoRules {};
+struct NoSum {
+  template <class V> HTA_INLINE void add(V) const {}
+};
 
 // One copy's proposals over a tile, left in its row, and its part in the sum. In explicit mode the quadratic terms'
 // gradient comes first.
-template <class P, bool kStates, bool kExplicit, class T, class Rules>
-HTA_INLINE void propose(const StepArgs<T>& args, Tile<T>& tile, const Rules& rules, T scale, int32_t j, Sum<T>& poison) {
+template <class P, bool kStates, bool kExplicit, class T, class Rules, class Poison>
+HTA_INLINE void propose(const StepArgs<T>& args, Tile<T>& tile, const Rules& rules, T scale, int32_t j, Poison&& poison) {
   T* const x_ = args.copies[j] + tile.start;
   const T* const first_ = args.copies[0] + tile.start;
   const T* const g_ = args.grads[j] + tile.start;
@@ -246,14 +276,14 @@ HTA_INLINE void propose(const StepArgs<T>& args, Tile<T>& tile, const Rules& rul
     poison.add(g - g);
     if constexpr (kExplicit)
       g += quadratic_gradient(x, V(x - load<V>(first_ + i)), load<V>(tile.gaps + i), load<V>(tile.reads + i),
-                              load<V>(tile.anchor + i), rules.at(Rules::template label<V>(tile, i)));
+                              load<V>(tile.anchor + i), rules.at(Rules::template label<V>(tile.labels, i)));
     V state[2] = {kStates ? load<V>(v_ + i) : V{}, P::kStates > 1 ? load<V>(w_ + i) : V{}};
     const V a = P::propose(x, g, state, number);
     if (kStates) store(v_ + i, state[0]);
     if (P::kStates > 1) store(w_ + i, state[1]);
     store(x_ + i, a);
     if constexpr (!kExplicit && !std::is_same_v<Rules, NoRules>)
-      store(tile.s + i, V(load<V>(tile.s + i) + rules.at(Rules::template label<V>(tile, i)).read * a));
+      store(tile.s + i, V(load<V>(tile.s + i) + rules.at(Rules::template label<V>(tile.labels, i)).read * a));
   });
 }
 
@@ -263,7 +293,7 @@ HTA_INLINE void sum_gaps(const Copies& copies, Tile<T>& tile, const Rules& rules
   const T *const x_ = copies[j] + tile.start, *const first_ = copies[0] + tile.start;
   each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
     using V = decltype(lanes);
-    const auto& rule = rules.at(Rules::template label<V>(tile, i));
+    const auto& rule = rules.at(Rules::template label<V>(tile.labels, i));
     const V x = load<V>(x_ + i);
     store(tile.s + i, V(load<V>(tile.s + i) + rule.read * x));
     store(tile.gaps + i, V(load<V>(tile.gaps + i) + rule.read * (x - load<V>(first_ + i))));
@@ -278,7 +308,7 @@ HTA_INLINE double share(const StepArgs<T>& args, Tile<T>& tile, const Rules& rul
   T *const x_ = args.copies[j] + tile.start, *const first_ = args.copies[0] + tile.start;
   each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
     using V = decltype(lanes);
-    const auto& rule = rules.at(Rules::template label<V>(tile, i));
+    const auto& rule = rules.at(Rules::template label<V>(tile.labels, i));
     const V z = load<V>(tile.anchor + i);
     V x = load<V>(x_ + i);
     if (!kExplicit) {
@@ -316,7 +346,7 @@ HTA_INLINE void move_centre(const StepArgs<T>& args, Tile<T>& tile, const Rules&
   T* const z_ = args.centre + tile.start;
   each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
     using V = decltype(lanes);
-    const auto& rule = rules.at(Rules::template label<V>(tile, i));
+    const auto& rule = rules.at(Rules::template label<V>(tile.labels, i));
     store(z_ + i, shared(load<V>(z_ + i), load<V>(tile.s + i), load<V>(tile.anchor + i), rule));
   });
 }
@@ -328,7 +358,7 @@ constexpr int32_t first_to_propose(int32_t m) { return m > 4 ? m - 2 : 0; }
 // they fit the registers and the loops over them are unrolled.
 template <class P, bool kStates, int kCopies, class T, class Rules>
 HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, const Rules* rules, T scale, Sum<T>& anchored,
-                              Sum<T>& pairs, Sum<T>& poison) {
+                              Sum<T>& pairs) {
   constexpr int kMost = kCopies ? kCopies : kMaxCopies;
   const int32_t m = kCopies ? kCopies : args.m, before = first_to_propose(m);
   typename P::template Numbers<T> number;
@@ -337,6 +367,7 @@ HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, cons
   T *x_[kMost], *v_[kMost], *w_[kMost];
   const T *g_[kMost], *const z_ = tile.anchor;
   T* const centre_ = args.centre ? args.centre + tile.start : nullptr;
+  const Labels labels = tile.labels;
   for (int j = 0; j < m; ++j) {
     x_[j] = args.copies[j] + tile.start;
     g_[j] = args.grads[j] + tile.start;
@@ -346,7 +377,7 @@ HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, cons
   each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
     using V = decltype(lanes);
     V x[kMost], s{};
-    const auto label = Rules::template label<V>(tile, i);
+    const auto label = Rules::template label<V>(labels, i);
     prefetch(i, z_);
     const V z = load<V>(z_ + i);
     HTA_UNROLL for (int j = 0; j < m; ++j) {
@@ -359,7 +390,6 @@ HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, cons
     HTA_UNROLL for (int j = 0; j < m; ++j) {
       if (j >= before) {
         const V g = load<V>(g_[j] + i) * scale;
-        poison.add(g - g);
         V state[2] = {kStates ? load<V>(v_[j] + i) : V{}, P::kStates > 1 ? load<V>(w_[j] + i) : V{}};
         x[j] = P::propose(x[j], g, state, number);
         if (kStates) store(v_[j] + i, state[0]);
@@ -374,7 +404,7 @@ HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, cons
       x[j] = shared(x[j], s, z, rule);
       store(x_[j] + i, x[j]);
       anchored.add(rule.anchored * ((x[j] - z) * (x[j] - z)));
-      if (j) gaps += x[j] - x[0];
+      if (j) gaps = j > 1 ? gaps + (x[j] - x[0]) : x[j] - x[0];
     }
     if (m == 2) pairs.add(gaps * gaps);
     const T part = T(1.0 / m);
@@ -393,7 +423,7 @@ void step_range_together(const StepArgs<T>& args, int64_t begin, int64_t end, do
   const int32_t m = kCopies ? kCopies : args.m, before = first_to_propose(m);
   const T scale = T(1.0 / args.grad_scale.get(1));
   Tile<T>* const block = own_tiles<T>();
-  Sum<T> anchored, pairs, poison;
+  Sum<T> anchored, pairs;
   Uniform<T> uniform[kMost + 1];
   Mixed<T, kCopies ? kCopies + 1 : 0> mixed[kMost + 1];
   const T* numbers = nullptr;  // whose rules `mixed` holds
@@ -404,20 +434,23 @@ void step_range_together(const StepArgs<T>& args, int64_t begin, int64_t end, do
       block[tiles].extend(args.pattern, end);
     }
     for (int32_t j = 0; j < before; ++j)
-      for (int64_t b = 0; b < tiles; ++b) propose<P, kStates, false>(args, block[b], NoRules{}, scale, j, poison);
+      for (int64_t b = 0; b < tiles; ++b) propose<P, kStates, false>(args, block[b], NoRules{}, scale, j, NoSum{});
     for (int64_t b = 0; b < tiles; ++b) {
       const Tile<T>& tile = block[b];
       if (tile.uniform >= 0) {
         for (int j = 0; j <= m; ++j) uniform[j] = {tile, j};
-        step_together<P, kStates, kCopies>(args, tile, uniform, scale, anchored, pairs, poison);
+        step_together<P, kStates, kCopies>(args, tile, uniform, scale, anchored, pairs);
       } else {
         for (int j = 0; j <= m && tile.numbers != numbers; ++j) mixed[j] = {tile, j};
         numbers = tile.numbers;
-        step_together<P, kStates, kCopies>(args, tile, mixed, scale, anchored, pairs, poison);
+        step_together<P, kStates, kCopies>(args, tile, mixed, scale, anchored, pairs);
       }
     }
   }
-  sums[0] = anchored.total(), sums[1] = pairs.total(), sums[2] = poison.total();
+  sums[0] = anchored.total(), sums[1] = pairs.total(), sums[2] = 0;
+  // A gradient that is not finite leaves copies, and so sums, that are not. Only then are the gradients looked at.
+  for (int32_t j = 0; j < m && !std::isfinite(sums[0] + sums[1]); ++j)
+    sums[2] += poison_range(args.grads[j], begin, end, scale);
 }
 
 // One phase of a lone copy's step over a tile: it proposes, and leaves its part of the sum in `sums`, or takes its share
@@ -433,10 +466,11 @@ HTA_INLINE void step_alone(const StepArgs<T>& args, const Tile<T>& tile, const R
   T* const v_ = kProposes && kStates ? args.states[0] + tile.start : nullptr;
   T* const w_ = kProposes && P::kStates > 1 ? args.states[1] + tile.start : nullptr;
   T* const centre_ = args.centre ? args.centre + tile.start : nullptr;
+  const Labels labels = tile.labels;
   each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
     using V = decltype(lanes);
     prefetch(i, x_, s_);
-    const auto label = Rules::template label<V>(tile, i);
+    const auto label = Rules::template label<V>(labels, i);
     const auto& rule = rules.at(label);
     V x = load<V>(x_ + i);
     if (kProposes) {
@@ -541,7 +575,7 @@ HTA_INLINE void penalty_tile(const PenaltyArgs<T>& args, Tile<T>& tile, Sum<T>& 
     each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
       using V = decltype(lanes);
       prefetch(i, x_);
-      const auto& rule = rules.at(Rules<T>::template label<V>(tile, i));
+      const auto& rule = rules.at(Rules<T>::template label<V>(tile.labels, i));
       const V x = load<V>(x_ + i), z = load<V>(tile.anchor + i), gap = x - load<V>(first_ + i);
       const V gaps = load<V>(tile.gaps + i), reads = load<V>(tile.reads + i);
       const V g = quadratic_gradient(x, gap, gaps, reads, z, rule);
@@ -564,18 +598,6 @@ double penalty_range(const PenaltyArgs<T>& args, int64_t begin, int64_t end) {
     sum += energy.total();
   }
   return sum;
-}
-
-// NaN if any of [begin, end) of a row is not finite, else 0.
-template <class T>
-double poison_range(const T* x, int64_t begin, int64_t end) {
-  Sum<T> poison;
-  each<T>(end - begin, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
-    prefetch(begin + i, x);
-    const auto value = load<decltype(lanes)>(x + begin + i);
-    poison.add(value - value);
-  });
-  return poison.total();
 }
 
 }  // namespace hta::cpu::HTA_ISA
