@@ -1,4 +1,4 @@
-"""Homotopy training of neural networks at the cost of its memory traffic. The public names, and nothing else."""
+"""Coupled copies of a neural network, whose optimizer's step costs its memory traffic. The public names, and nothing else."""
 
 from . import couplings, path, problems, proposals, schedule, tables
 from .couplings import EMA, Average, Elastic, Explicit, Homotopy, Lookahead, Parle, Toward
