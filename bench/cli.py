@@ -1,7 +1,7 @@
 """hta-bench: measures, prints a table, and writes a JSON and a picture.
 
-Rounds are interleaved; figures are medians, with half the distance between the quartiles; a difference inside that
-spread is printed as a tie. Every rival is checked to do what hta_fused does before it is timed (bench/rivals.py).
+Rounds are interleaved; figures are medians, with half the distance between the quartiles, and ratios those of single
+rounds. Every rival is checked to do what hta_fused does before it is timed (bench/rivals.py).
 """
 
 import argparse
@@ -31,7 +31,7 @@ def ops(options: argparse.Namespace) -> Iterator[Result]:
         yield measure.step(lambda: workloads.flat(200_000), rounds)
         yield measure.penalty(200_000, rounds)
         return
-    yield measure.headline_flat(rounds)
+    yield measure.ratio_claims(measure.step(lambda: workloads.flat(measure.FLAT), rounds), measure.WANTED)
     variants: tuple[Result, ...] = (
         dict(anchor=False), dict(labels="random"), dict(labels="random", anchor=False), dict(dtype=torch.float64)
     )  # fmt: skip
@@ -55,7 +55,7 @@ def step(options: argparse.Namespace) -> Iterator[Result]:
         yield measure.step(lambda: workloads.of_shapes("four tensors", shapes), options.rounds)
         return
     for name in options.models:
-        yield measure.headline_model(name, options.rounds)
+        yield measure.ratio_claims(measure.step(partial(workloads.model, name), options.rounds), measure.WANTED)
 
 
 def scaling(options: argparse.Namespace) -> Iterator[Result]:

@@ -28,7 +28,7 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -361,9 +361,7 @@ def settled(values: Tensor) -> tuple[float, float]:
 
 def over(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     """The median, and the spread, of single rounds' ratios of the slowest process's times."""
-    ratios = ours.mean(2).amax(0) / theirs.mean(2).amax(0)
-    low, middle, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=ratios.dtype)).tolist()
-    return middle, (high - low) / 2
+    return measure.middle((ours.mean(2).amax(0) / theirs.mean(2).amax(0)).tolist())
 
 
 def _process(rank: int, folder: str, task: Task, rounds: int) -> None:
@@ -487,7 +485,9 @@ class Machine:
         return max(work + summing / pieces, work / pieces + summing) if self.hides else work + summing
 
 
-def _machine(task: Task, times: measure.Times, elements: int, straggling: float, gpu: bool) -> Machine:
+def _machine(
+    task: Task, times: Mapping[str, tuple[float, float]], elements: int, straggling: float, gpu: bool
+) -> Machine:
     """This one, as it was measured."""
     m = task.processes
     small = times[SMALL][0]

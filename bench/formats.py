@@ -133,6 +133,7 @@ def steps(copies: int, proposal: str, elements: int, rounds: int) -> dict[str, A
         "title": f"Formats, {copies} copies, {elements / 1e6:.1f} M elements, {proposal}",
         "base": FULL,
         "times": taken,
+        "ratios": taken.all_over(FULL),
         "bytes": bytes_,
         "bandwidth": {name: bytes_[name] * elements / taken[name][0] for name in times},
     }

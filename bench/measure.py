@@ -32,7 +32,28 @@ from .rivals import Step
 from .workloads import Workload
 
 OURS, GUARDED = "CoupledOptimizer.step", "CoupledOptimizer.step, skipping non-finite steps"
-Times = dict[str, tuple[float, float]]  # name: seconds, spread
+
+
+def middle(values: Iterable[float]) -> tuple[float, float]:
+    """The median, and the spread: half the interquartile distance."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return median, (high - low) / 2
+
+
+class Times(dict[str, tuple[float, float]]):
+    """Of each step the median seconds of all rounds, and their spread. Compare steps by `over`: a machine's bandwidth changes
+    between rounds, and hardly within one."""
+
+    def __init__(self, rounds: dict[str, list[float]]):
+        super().__init__({name: middle(values) for name, values in rounds.items()})
+        self.rounds = rounds
+
+    def over(self, a: str, b: str) -> tuple[float, float]:
+        """The median, and the spread, of single rounds' ratios."""
+        return middle(x / y for x, y in zip(self.rounds[a], self.rounds[b], strict=True))
+
+    def all_over(self, base: str) -> dict[str, tuple[float, float]]:
+        return {name: self.over(name, base) for name in self.rounds}
 
 
 def on_gpu() -> bool:
@@ -76,7 +97,7 @@ def measure(
     before: dict[str, Callable[[], Any]] | None = None,
     gpu: bool | None = None,
 ) -> Times:
-    """Median seconds of each step and half its interquartile distance, over interleaved rounds.
+    """Each step's seconds over interleaved rounds.
 
     A step shorter than a millisecond is repeated within a round until it is not. `before` runs untimed, and so does each
     step itself once before its turn, unless it is long: none pays for the caches and sleeping threads of the last one.
@@ -97,16 +118,15 @@ def measure(
             if not long[name]:
                 step()
             times[name].append(seconds_of(step, repeats[name], gpu))
-    result = {}
-    for name, values in times.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        result[name] = (middle, (high - low) / 2)
-    return result
+    return Times(times)
 
 
-def tie(times: Times, a: str, b: str) -> bool:
-    """Whether two times differ by less than their spread."""
-    return abs(times[a][0] - times[b][0]) < max(times[a][1], times[b][1])
+def over_base(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Times over the base's, and their spread; of a result that holds no rounds' ratios, those of the medians."""
+    base = result["times"][result["base"]][0]
+    return result.get("ratios") or {
+        name: (time / base, spread / base) for name, (time, spread) in result["times"].items()
+    }
 
 
 def memory_and_calls(step: Step) -> tuple[int, int]:
@@ -299,32 +319,39 @@ def step(
         "base": OURS,
         "elements": n,
         "times": times,
+        "ratios": times.all_over(OURS),
         "bytes": per_element,
         "bandwidth": {name: b * n / times[name][0] for name, b in per_element.items()},
     }
     if roof:
-        best = max(v for name, v in result["bandwidth"].items() if name in ROOFS)
-        result["roof"] = {name: v / best for name, v in result["bandwidth"].items()}
+        best = max(set(ROOFS) & set(times), key=lambda name: result["bandwidth"][name])
+        result["roof"] = {name: b / per_element[best] * times.over(best, name)[0] for name, b in per_element.items()}
     if extra:
         result["memory"] = {name: m for name, (m, _) in extra.items()}
         result["calls"] = {name: c for name, (_, c) in extra.items()}
     # Every rival that does what ours does must not be faster by more than the spread.
     rival_names = [r for r in (*rivals.COUPLED, rivals.NAIVE) if r in times]
-    result["beaten_by"] = [r for r in rival_names if times[r][0] < times[OURS][0] and not tie(times, r, OURS)]
+    result["beaten_by"] = [name for name in rival_names if sum(result["ratios"][name]) < 1]
     return result
 
 
-def ratio_claims(result: dict[str, Any], bounds: dict[str, float]) -> None:
-    """Adds claims: what a rival's time must be at least of ours, or, for the floor, ours at most of its."""
-    times, base = result["times"], result["times"][OURS][0]
+FLAT = 15_000_576  # elements: VGG16's
+# What the step of any number of copies is held to: ahead of all that do the same, and near those that do less.
+WANTED = {"roof": 0.95, rivals.FLOOR: 1.1, "torch.compile": 1.0, "torch._foreach_*": 1.0}
+
+
+def ratio_claims(result: dict[str, Any], bounds: dict[str, float]) -> dict[str, Any]:
+    """The result with claims: what a rival's time must be at least of ours, or, for the floor, ours at most of its."""
+    over = {name: ratio for name, (ratio, _) in result["ratios"].items()}
     claims = result.setdefault("claims", [])
     for name, bound in bounds.items():
         if name in rivals.FLOORS:
-            claims.append(claim(f"ours over {name}", base / times[name][0], bound, "at most"))
+            claims.append(claim(f"ours over {name}", 1 / over[name], bound, "at most"))
         elif name == "roof":
             claims.append(claim("bandwidth over the roof's", result["roof"][OURS], bound, "at least"))
         else:
-            claims.append(claim(f"{name} over ours", times[name][0] / base, bound, "at least"))
+            claims.append(claim(f"{name} over ours", over[name], bound, "at least"))
+    return result
 
 
 def claim(what: str, value: float, bound: float, kind: str) -> dict[str, Any]:
@@ -462,10 +489,10 @@ def copies(
     make = partial(workloads.flat, elements, copies=m, proposal=proposal)
     result = step(make, rounds, names=rivals.COUPLED, more={other.name: other} if other else None)
     if claims:
-        ratio_claims(result, {"roof": 0.95, rivals.FLOOR: 1.1, "torch.compile": 1.0, "torch._foreach_*": 1.0})
+        ratio_claims(result, WANTED)
         if other:
-            ratio = result["times"][OURS][0] / result["times"][other.name][0]
-            result["claims"].append(claim(f"ours over {other.name}", ratio, 1.02, "at most"))
+            ratio = result["ratios"][other.name][0]
+            result["claims"].append(claim(f"ours over {other.name}", 1 / ratio, 1.02, "at most"))
     return result
 
 
@@ -480,8 +507,8 @@ def against_copies(counts: list[int], proposal: str, elements: int, rounds: int)
     series = {name: [times[f"{name} {m}"][0] / m for m in counts] for name in (OURS, rivals.FLOOR)}
     result = {"title": f"Time per copy, {_elements(elements)}, {proposal}", "copies": counts, **series}
     if {2, 8} <= set(counts):
-        ours = dict(zip(counts, series[OURS], strict=True))
-        result["claims"] = [claim("time per copy, 8 copies over 2", ours[8] / ours[2], 1.0, "at most")]
+        ratio = times.over(f"{OURS} 8", f"{OURS} 2")[0] / 4
+        result["claims"] = [claim("time per copy, 8 copies over 2", ratio, 1.0, "at most")]
     return result
 
 
@@ -492,16 +519,15 @@ def label_kinds(proposal: str, elements: int, rounds: int) -> dict[str, Any]:
     loads = {name: workloads.flat(elements, labels=kind, proposal=proposal) for name, kind in kinds.items()}
     times = measure({name: load.optimizer.step for name, load in loads.items()}, rounds)
     bytes_ = {name: load.bytes_per_element for name, load in loads.items()}
-    base = times["structural"][0]
+    over = times.all_over("structural")
     return {
         "title": f"Kinds of labels, two copies, {_elements(elements)}, {proposal}",
         "base": "structural",
         "times": times,
+        "ratios": over,
         "bytes": bytes_,
         "bandwidth": {name: b * elements / times[name][0] for name, b in bytes_.items()},
-        "claims": [
-            claim(f"{name} over structural", times[name][0] / base, 1.15, "at most") for name in list(kinds)[1:]
-        ],
+        "claims": [claim(f"{name} over structural", over[name][0], 1.15, "at most") for name in list(kinds)[1:]],
     }
 
 
@@ -539,6 +565,7 @@ def penalty(elements: int, rounds: int) -> dict[str, Any]:
         "title": f"The penalty and its gradients, {elements:,} elements",
         "base": "homotopy_penalty, backward",
         "times": times,
+        "ratios": times.all_over("homotopy_penalty, backward"),
         "bytes": {"homotopy_penalty_accumulate_": 28.0},
         "bandwidth": {"homotopy_penalty_accumulate_": 28.0 * elements / times["homotopy_penalty_accumulate_"][0]},
     }
@@ -555,7 +582,7 @@ def show(result: dict[str, Any]) -> str:
     """A result as Markdown."""
     lines = [f"### {result['title']}", ""]
     if "times" in result:
-        times, base = result["times"], result["times"][result["base"]][0]
+        times, over = result["times"], over_base(result)
         columns: dict[str, tuple[str, Callable[[Any], str]]] = {
             "bytes": ("bytes/element", lambda v: f"{v:.2f}"),
             "bandwidth": ("GB/s", lambda v: f"{v / 1e9:.1f}"),
@@ -574,15 +601,7 @@ def show(result: dict[str, Any]) -> str:
         lines.append("| | ms | × ours | " + "".join(f"{head} | " for head, _ in columns.values()))
         lines.append("| --- | ---: | ---: | " + "---: | " * len(columns))
         for name, (seconds, spread) in times.items():
-            ratio = (
-                "1"
-                if name == result["base"]
-                else "{:.3f} ± {:.3f}".format(*result["ratios"][name])  # within rounds
-                if "ratios" in result
-                else "tie"
-                if tie(times, name, result["base"])
-                else f"{seconds / base:.2f}"
-            )
+            ratio = "1" if name == result["base"] else "{:.2f} ± {:.2f}".format(*over[name])
             cells = [f"{1e3 * seconds:.4g} ± {1e3 * spread:.2g}", ratio]
             cells += [form(result[key][name]) if name in result[key] else "" for key, (_, form) in columns.items()]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -605,23 +624,3 @@ def show(result: dict[str, Any]) -> str:
     if result.get("beaten_by"):
         lines.append(f"- slower than {', '.join(result['beaten_by'])}")
     return "\n".join([*lines, ""])
-
-
-HEADLINE = {  # what the step is held to, on VGG16's list and on one flat buffer
-    "vgg16": {"eager, in place": 5.0, "torch._foreach_*": 4.0, "torch.compile": 1.15, rivals.FLOOR: 1.12},
-    "flat": {"roof": 0.95, "eager, in place": 7.5, rivals.NAIVE: 10.0, "torch.compile": 1.0},
-}
-FLAT = 15_000_576
-
-
-def headline_flat(rounds: int) -> dict[str, Any]:
-    result = step(lambda: workloads.flat(FLAT), rounds)
-    ratio_claims(result, HEADLINE["flat"])
-    result["claims"].append(claim("bytes per element", result["bytes"][OURS], 44.2, "at most"))
-    return result
-
-
-def headline_model(name: str, rounds: int) -> dict[str, Any]:
-    result = step(lambda: workloads.model(name), rounds)
-    ratio_claims(result, HEADLINE.get(name, {}))
-    return result

@@ -9,7 +9,7 @@ from hta_fused.pictures import RIVAL as COLOR_RIVAL
 from hta_fused.pictures import THEIRS as COLOR_THEIRS
 from hta_fused.pictures import name_ends
 
-from .measure import AXES, MIX, PEAK, ROOFS
+from .measure import AXES, MIX, PEAK, ROOFS, over_base
 
 
 def _color(name: str) -> str:
@@ -60,9 +60,9 @@ def ratios(results: list[dict[str, Any]], path: Path, caption: str) -> None:
     results = [result for result in results if "times" in result]
     figure, axes = _panels(len(results), 7, 3.4, columns=2)
     for axis, result in zip(axes, results, strict=True):
-        times, base = result["times"], result["times"][result["base"]][0]
-        names = sorted((n for n in times if n not in (*ROOFS, MIX)), key=lambda n: times[n][0])
-        _bars(axis, names, [times[n][0] / base for n in names], "%.2f×")
+        over = over_base(result)
+        names = sorted((n for n in over if n not in (*ROOFS, MIX)), key=lambda n: over[n][0])
+        _bars(axis, names, [over[n][0] for n in names], "%.2f×")
         axis.set_title(result["title"], fontsize=10, loc="right")
         axis.set_xlabel(f"time over {result['base']}")
     _save(figure, path, caption)

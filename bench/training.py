@@ -90,14 +90,15 @@ def training(
     both, one, usual_name = "HTA, both copies", "SGD(fused=True)", "the usual script (DataLoader, float32)"
     steps = {both: hta_step, one: sgd_step, **({usual_name: usual_step} if usual else {})}
     times = measure.measure({**steps, "the update alone": homotopy.step}, rounds)
-    ratio = times[both][0] / times[one][0]
+    ratio = times.over(both, one)[0]
     return {
         "title": f"Training {name.upper()}{f' at width {width:g}' if width != 1 else ''}, batch {batch}, "
         + ("bf16, channels-last" if bf16 else "float32"),
         "base": both,
         "times": times,
+        "ratios": times.all_over(both),
         "images_per_second": {n: (2 if n == both else 1) * batch / times[n][0] for n in steps},
-        "update_share": times["the update alone"][0] / times[both][0],
+        "update_share": times.over("the update alone", both)[0],
         "claims": [
             measure.claim("HTA's step over SGD's", ratio, 2.02, "at most"),
             measure.claim("images/s per copy over SGD's", 2 / ratio, 0.95, "at least"),
@@ -117,13 +118,14 @@ def side_by_side(precision: str, rounds: int, batch: int = 128, width: float = 0
                 settings = replace(plain, copies=m, batches=whose, concurrent=concurrent)
                 steps[_name(m, whose, concurrent)] = partial(advance, of_trainer(settings, "hta", images))
     times = measure.measure(steps, rounds)
-    base = times["SGD"][0]
+    ratios = times.all_over("SGD")
     return {
         "title": f"Copies side by side, VGG11 at width {width:g}, batch {batch}, {precision}, {plain.chosen_format}",
         "base": "SGD",
         "times": times,
+        "ratios": ratios,
         "claims": [
-            measure.claim(f"{name} over SGD", times[name][0] / base, most, "at most")
+            measure.claim(f"{name} over SGD", ratios[name][0], most, "at most")
             for m, most in MOST.items()
             for name in (_name(m, whose, True) for whose in ("shared", "own"))
         ],
@@ -163,8 +165,10 @@ def batched(copies: int, rounds: int, batch: int = 128, width: float = 0.125) ->
         "side by side": lambda: one_by_one(True),
         "vmap, one network": lambda: gradients(params, buffers),
     }
+    times = measure.measure(steps, rounds)
     return {
         "title": f"{copies} small networks' gradients, VGG11 at width {width:g} without batch norm, batch {batch}",
         "base": "in turn",
-        "times": measure.measure(steps, rounds),
+        "times": times,
+        "ratios": times.all_over("in turn"),
     }

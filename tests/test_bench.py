@@ -118,6 +118,16 @@ def test_bytes_per_element_stay_within_the_budget():
     assert low.bytes_per_element == pytest.approx(workloads.flat(1_000_000).bytes_per_element)
 
 
+def test_times_are_compared_round_by_round():
+    """The machine is twice as slow in every second round."""
+    times = measure.Times({"a": [1.0, 2.0, 1.0, 2.0, 1.0], "b": [1.5, 3.0, 1.5, 3.0, 1.5]})
+    assert times["a"] == (1.0, 0.5)
+    assert times.all_over("a") == {"a": (1.0, 0.0), "b": (1.5, 0.0)}
+    result = {"title": "", "base": "a", "times": times}
+    assert "| b | 1500 ± 7.5e+02 | 1.50 ± 0.00 |" in measure.show({**result, "ratios": times.all_over("a")})
+    assert "| b | 1500 ± 7.5e+02 | 1.50 ± 0.75 |" in measure.show(result)  # of a file from before
+
+
 def test_a_line_fits_a_line():
     assert measure.fitted_exponent([1, 10, 100], [2.0, 20.0, 200.0]) == pytest.approx(1)
 
