@@ -17,6 +17,9 @@
 #include <vector>
 
 #include "args.h"
+#ifdef HTA_WITH_CUDA
+#include "gpu/stream.h"
+#endif
 
 // libstdc++ asks glibc 2.32 and later for this. Answered here (never alone), the extension loads with torch's own glibc, 2.28.
 extern "C" {
@@ -285,16 +288,13 @@ void on_cpu(const hta::PenaltyArgs<T>& args) {
 // ---------------------------------------------------------------------------------------------------------------- CUDA
 
 #ifdef HTA_WITH_CUDA
-// A CPU-only torch lacks it; there no tensor is on a GPU, and nothing here is called.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-
 template <class Launch>
 void on_gpu(const Tensor& first, const Launch& launch) {
   const int32_t device = first.get_device();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(device, &stream) == 0,
-                  "torch does not name the current CUDA stream");
+  const auto current = hta::gpu::current_stream();
+  STD_TORCH_CHECK(current && current(device, &stream) == 0, "torch does not name the current CUDA stream");
   const char* error = launch(stream);
   STD_TORCH_CHECK(!error, "hta_fused's CUDA kernel was not launched: ", error);
 }

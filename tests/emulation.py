@@ -17,15 +17,18 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0])
 def library(few: str = "") -> ctypes.CDLL:
     """The emulator, compiled once for its sources; `few`: with the step's kernels of one type only."""
     source = Path(__file__).with_name("emulator.cpp")
-    command = [COMPILER, "-O2", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas",
-               *[f"-DFEW={few}"] * bool(few), *nvrtc.definitions()]  # fmt: skip
+    command = [COMPILER, "-O2", "-std=c++20", "-c", "-fPIC", "-ffp-contract=off", "-fsanitize=alignment",
+               "-Wno-unknown-pragmas", *[f"-DFEW={few}"] * bool(few), *nvrtc.definitions()]  # fmt: skip
     texts = [path.read_bytes() for path in (source, *sorted(nvrtc.SOURCE.glob("**/*.*h")))]
     key = hashlib.sha256(b"\0".join([" ".join(command).encode(), *texts])).hexdigest()[:16]
     out = Path(__file__).parent.parent / "build" / f"emulator-{key}.so"  # for all workers, and for the next session
     if not out.exists():
         out.parent.mkdir(exist_ok=True)
-        made = out.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, f"-I{nvrtc.SOURCE}", str(source), "-o", str(made)], check=True)
+        compiled, made = (out.with_suffix(f".{os.getpid()}{suffix}") for suffix in (".o", ""))
+        subprocess.run([*command, f"-I{nvrtc.SOURCE}", str(source), "-o", str(compiled)], check=True)
+        # By itself, without the sanitizer: its library is not everywhere, and emulator.cpp stands in for it.
+        subprocess.run([COMPILER, "-shared", str(compiled), "-o", str(made)], check=True)
+        compiled.unlink()
         made.replace(out)
     emulator = ctypes.CDLL(str(out))
     emulator.emulate.restype = emulator.kernel_names.restype = ctypes.c_char_p

@@ -22,6 +22,7 @@ import hta_fused as hta
 from hta_fused import kernels, ops
 from hta_fused.kernels import nvrtc, reference
 
+ROOT = Path(__file__).parent.parent
 LOW = (torch.bfloat16, torch.float16)
 KERNELS = [name for name in AVAILABLE if name != "reference"]
 PROPOSALS = {
@@ -126,6 +127,22 @@ def test_awkward_sizes(backend, n):
     for m, proposal in ((2, "momentum"), (5, "adamw")):
         tensors = tensors_of(m, n, torch.float32, PROPOSALS[proposal])
         assert_same(*both(tensors, pattern("mixed", n, m)[0], PROPOSALS[proposal], hta.Homotopy(0.05)))
+
+
+@each_kernel
+@pytest.mark.parametrize("coupling", ["homotopy", "merged", "explicit", "between"])
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 8])
+def test_a_gradient_that_is_not_finite_is_said_wherever_it_is(backend, m, coupling):
+    """A kernel may tell it by what it leaves behind; finite numbers whose squares overflow leave as much."""
+    skip_slow(backend, m == 2, coupling == "homotopy")
+    for proposal in (hta.SGD(0.0), hta.SGD(0.0, 0.9), PROPOSALS["momentum"], PROPOSALS["adamw"]):
+        for bad in (float("inf"), float("-inf"), float("nan"), 1e30):
+            tensors = tensors_of(m, 2500, torch.float32, proposal)
+            row, place = int(torch.randint(m, ())), int(torch.randint(2500, ()))
+            tensors["grads" if bad != 1e30 else "copies"][row, place] = bad
+            labels = pattern("mixed", 2500, m)[0]
+            hta.coupled_step_(**tensors, labels=labels, proposal=proposal, coupling=COUPLINGS[coupling], step=3)
+            assert tensors["stats"][2] == (bad != 1e30), (proposal, bad, row, place)
 
 
 @each_kernel
@@ -356,6 +373,15 @@ def test_a_planted_mistake_shows_in_the_emulator(emulated, planted):
 
 
 @needs_emulator
+def test_a_planted_access_that_is_not_aligned_shows_in_the_emulator(emulated):
+    """Four labels in one load, where a thread has two: a card refuses every second one, a CPU reads on."""
+    emulated("struct Bytes<2> { using type = uint16_t; }", "struct Bytes<2> { using type = uint32_t; }", few="double")
+    tensors = tensors_of(2, 5000, torch.float64, PROPOSALS["momentum"])
+    with pytest.raises(AssertionError, match=r"not aligned, at .*rows\.cuh:\d+"):
+        both(tensors, pattern("bytes", 5000)[0], PROPOSALS["momentum"], hta.Homotopy(0.05), skip_nonfinite=False)
+
+
+@needs_emulator
 def test_the_mirror_of_the_arguments_follows_the_header(emulated):
     """Two pointers that change places in csrc/args.h change places in what nvrtc.py hands over."""
     emulated("  const T* anchor;\n  T* centre;", "  T* centre;\n  const T* anchor;")
@@ -429,9 +455,37 @@ def test_nvrtc_compiles_every_kernel_without_spills(arch, tmp_path):
 def test_the_extensions_kernels_do_not_spill_on_any_target():
     used = resources(Path(kernels._extension._name))
     targets = {arch for arch, _ in used}
-    assert len(targets) > 1
+    label = kernels._extension.hta_cuda_targets().decode()
+    assert targets == {f"sm_{target}" for target in label.removesuffix("+PTX").split()}
     assert len(used) == len(targets) * len({name for _, name in used})
     assert not {key: of_one for key, of_one in used.items() if of_one["STACK"] or of_one["LOCAL"]}
+
+
+STREAM = """
+import ctypes, sys
+torch = ctypes.CDLL(sys.argv[1], ctypes.RTLD_LOCAL)
+stream = ctypes.c_void_p()
+status = ctypes.CDLL(sys.argv[2]).ask(3, ctypes.byref(stream))
+print(status, stream.value)
+"""
+
+
+@needs_emulator
+@pytest.mark.parametrize(("torchs", "answer"), [("libtorch_cuda.so", "0 1003"), ("libtorch_cpu.so", "-1 None")])
+def test_the_stream_is_asked_of_a_library_that_torch_keeps_to_itself(tmp_path, torchs, answer):
+    """As torch's CUDA libraries are loaded; they are played by one with the same name."""
+    texts = {
+        torchs: "int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = (void*)(1000L + device); return 0; }",
+        "ours.so": "int ask(int device, void** stream) { auto current = hta::gpu::current_stream(); return current ? current(device, stream) : -1; }",
+    }
+    for name, text in texts.items():
+        source = (tmp_path / name).with_suffix(".cpp")
+        source.write_text(f'#include "gpu/stream.h"\nextern "C" {text}\n')
+        flags = ["-std=c++20", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", f"-Wl,-soname,{name}"]
+        subprocess.run([emulation.COMPILER, *flags, str(source), "-o", str(tmp_path / name), "-ldl"], check=True)
+    libraries = [str(tmp_path / name) for name in texts]
+    done = subprocess.run([sys.executable, "-c", STREAM, *libraries], capture_output=True, text=True)
+    assert done.stdout.strip() == answer, done.stderr
 
 
 @pytest.mark.skipif(not nvrtc_targets(), reason="no NVRTC")

@@ -19,9 +19,9 @@ from hta_fused.kernels import reference
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
 
-def buffers(n, dtype, device="cpu"):
-    """θ, η, g_θ, g_η, v_θ, v_η, θ̃."""
-    return [torch.randn(n, dtype=dtype, device=device) for _ in range(7)]
+def buffers(n, dtype):
+    """θ, η, g_θ, g_η, v_θ, v_η, θ̃, on the default device."""
+    return [torch.randn(n, dtype=dtype) for _ in range(7)]
 
 
 def expected_step(
@@ -448,7 +448,7 @@ BAD = [
     ("anchor", "zero", TypeError, "anchor must be a tensor, got str"),
     ("theta", torch.zeros(10, dtype=torch.int64), TypeError, "theta must have a floating dtype"),
     ("momentum_eta", None, ValueError, "momentum_eta must be a tensor where momentum is 0.9"),
-    ("grad_eta", torch.randn(10, device="meta"), ValueError, "grad_eta is on meta, but theta is on cpu"),
+    ("grad_eta", torch.randn(10, device="meta"), ValueError, "grad_eta is on meta, but theta is on (cpu|cuda)"),
     ("labels", torch.full((10,), 3, dtype=torch.uint8), ValueError, "labels must be 0, 1 or 2, got 3"),
     ("labels", torch.zeros(10, dtype=torch.int64), TypeError, "labels must have dtype torch.uint8"),
     ("labels", torch.zeros(11, dtype=torch.uint8), ValueError, r"labels has shape \(11,\)"),

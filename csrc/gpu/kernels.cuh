@@ -49,6 +49,7 @@ HTA_DEVICE void leave_sums(double* partial, double anchored, double pairs) {
 // The group and the labels of one thread's lanes, a byte each. A code that names what is not there reads something
 // harmless: nobody has looked at it before.
 template <int kLanes> struct Bytes { using type = uint32_t; };
+template <> struct Bytes<2> { using type = uint16_t; };
 template <> struct Bytes<8> { using type = uint64_t; };
 
 template <int kLanes>
