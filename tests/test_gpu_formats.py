@@ -35,14 +35,29 @@ CASES = [
 ]
 
 
+COPIES_OF_A_STEP = [1, 2, 3, 5, 9]
+
+
+def chosen(backend, m, gpu=GPU):
+    """A number of copies' part of the cases: on a card Triton compiles for seconds for each, here it is interpreted."""
+    triton = backend == "triton"
+    return CASES[m % 3 :: (40 if triton else 5) if gpu else (97 if triton else 9)]
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "nvrtc"])
+def test_a_card_meets_every_format(backend):
+    met = {case for m in COPIES_OF_A_STEP for case in chosen(backend, m, gpu=True)}
+    for place, formats in enumerate((COPIES, STATES, (F32, BF16, F16), (F32, BF16, F16))):
+        assert {case[place] for case in met} == set(formats)
+
+
 @each_backend
-@pytest.mark.parametrize("m", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("m", COPIES_OF_A_STEP)
 @pytest.mark.parametrize("proposal", PROPOSALS)
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_every_format_leaves_the_references_bits(backend, coupling, proposal, m):
-    """Every case meets every number of copies, proposal and coupling on a card; here each of these a part of the cases."""
-    chosen = CASES if GPU else CASES[m % 3 :: 97 if few(backend) else 9]
-    for number, (copies, states, anchor, grads) in enumerate(chosen):
+    """Every number of copies, proposal and coupling meets a part of the cases."""
+    for number, (copies, states, anchor, grads) in enumerate(chosen(backend, m)):
         kind = ("none", "bytes", "mixed", "hashed")[number % 4]
         tensors = tensors_of(m, 1500, PROPOSALS[proposal], copies, states, anchor, grads, low=number % 3 == 0)
         noise = None if states != "8 bits" and number % 5 == 0 else -number * 2**40

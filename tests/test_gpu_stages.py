@@ -2,18 +2,26 @@
 
 import json
 import os
+import re
+import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
+import hta_fused as hta
+
 try:
     from hta_fused_bench import measure
-    from hta_fused_bench.gpu import cli, counters, launches, report, session, steps
+    from hta_fused_bench.gpu import check, cli, counters, kernels, launches, report, session, stages, steps
 except ImportError:  # a checkout that was not installed, as `make gpu` has it
     from bench import measure
-    from bench.gpu import cli, counters, launches, report, session, steps
+    from bench.gpu import check, cli, counters, kernels, launches, report, session, stages, steps
 
 PACKAGE = cli.__package__
 PLANTED = f"""
@@ -152,7 +160,13 @@ def test_every_stage_runs_on_the_cpu(tmp_path, monkeypatch):
             f'"{launch}","dram__bytes_write.sum","byte","0"',
         ]
     (tmp_path / "table.csv").write_text("\n".join(table) + "\n")
-    tool(bin_, "ncu", 'while [ "$1" != "' + sys.executable + f'" ]; do shift; done\n"$@" && cat {tmp_path}/table.csv\n')
+    tool(
+        bin_,
+        "ncu",
+        'case "$*" in *"--print-units base"*) ;; *) exit 1;; esac\nwhile [ "$1" != "'
+        + sys.executable
+        + f'" ]; do shift; done\n"$@" && cat {tmp_path}/table.csv\n',
+    )
 
     def called(*more):
         with pytest.raises(SystemExit) as exit_:
@@ -167,6 +181,11 @@ def test_every_stage_runs_on_the_cpu(tmp_path, monkeypatch):
         "step": True,
     }
     assert found["check"]["verdict"] == "3 of 4 passed. left out: build (there is no card to build for)"
+    assert list(found["check"]["parts"])[1].startswith("memcheck")
+    assert " passed in " in (out / "tests" / "test_schedule.txt").read_text()
+    (part,) = found["step"]["parts"].values()
+    speed, (claim,) = part["images_per_second"], (c for c in part["claims"] if "a copy" in c["what"])
+    assert claim["value"] == pytest.approx(speed["HTA, graph"] / 2 / speed[steps.SCRIPT])  # two copies
     # Each call has time for a part of the training; the next, with a little more of it, goes on.
     metrics = out / "table2" / "vgg11-seed0" / "metrics.jsonl"
     rows = 0
@@ -220,10 +239,166 @@ def test_a_backend_that_is_not_there_is_left_out(capsys):
     assert session.outcome(exit_.value.code, capsys.readouterr().out)["skipped"].startswith("cuda: ")
 
 
+@pytest.mark.parametrize("said", ["cuLaunchKernel: an illegal address", "the kernel was not launched: unknown error"])
+@pytest.mark.parametrize("dead", [False, True])
+def test_an_error_after_which_the_card_does_not_answer_ends_the_process(tmp_path, monkeypatch, said, dead):
+    def synchronize():
+        if dead:
+            raise RuntimeError(said)
+
+    def part():
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    status = stages.work("s", lambda s: {"a": part, "b": part}, session.Session(tmp_path, tmp_path, "cuda"))
+    assert status == (stages.AGAIN if dead else 0)
+    assert list(stages.read(tmp_path / "s.json")["parts"]) == (["a"] if dead else ["a", "b"])
+
+
+STARTED = """
+import sys, time
+from {package} import session, stages
+command = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
+{start}
+"""
+
+
+@pytest.mark.parametrize("start", ["stages.supervise(command, time.monotonic() + 60)", "session.run(command, session.Path(sys.argv[1]))"])  # fmt: skip
+def test_what_a_killed_process_has_started_ends_with_it(tmp_path, start):
+    log, text = tmp_path / "log", STARTED.format(package=PACKAGE, start=start)
+    environment = {**os.environ, "PYTHONPATH": str(session.ROOT)}
+    with log.open("w") as file:
+        parent = subprocess.Popen([sys.executable, "-c", text, str(log)], stdout=file, env=environment)
+    try:
+        until(lambda: log.read_text().endswith("\n"))
+        child = int(log.read_text())
+        assert running(child)
+    finally:
+        parent.kill()
+        parent.wait()
+    until(lambda: not running(child))
+
+
+def until(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def running(process: int) -> bool:
+    """Whether a process has yet to end; one that nobody has asked about since has."""
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_a_commands_output_is_in_its_log_before_it_ends(tmp_path):
+    program = "import sys; print('first', flush=True); print(open(sys.argv[1]).read())"
+    log = tmp_path / "folder" / "log"
+    assert session.run([sys.executable, "-c", program, str(log)], log) == (0, "first\nfirst\n\n")
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["========= Error: Device not supported. Please refer to the documentation", "==ERROR== LibraryNotLoaded",
+     "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters"],
+)  # fmt: skip
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_tool_that_the_machine_does_not_let_in_is_left_out_and_why(tmp_path, monkeypatch, said, status):
+    for name in ("compute-sanitizer", "ncu"):
+        tool(tmp_path, name, f"echo before\necho '{said}'\necho after\nexit {status}\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    here = session.Session(tmp_path, tmp_path, "cpu", rehearsal=True)
+    wanted = {"skipped": said.strip("= ")}
+    assert check.sanitizer(here, "memcheck", "cpu") == counters.dram(here, "cpu") == wanted
+
+
+def arguments_of(file: str) -> dict[str, list[str]]:
+    """What each test of a file takes."""
+    text = Path(__file__).with_name(f"{file}.py").read_text()
+    tests = re.findall(r"^def (test_\w+)\(([^)]*)\)", text, re.MULTILINE)
+    return {name: re.split(r",\s*", arguments) for name, arguments in tests}
+
+
+def test_what_runs_on_a_card_are_the_tests_that_use_one():
+    files = {path.stem: arguments_of(path.stem) for path in Path(__file__).parent.glob("test_*.py")}
+    using = {file for file, tests in files.items() if any("backend" in taken for taken in tests.values())}
+    assert {*check.FIRST, *check.OTHERS} == using | {"test_gpu"}
+    for word in check.ON_THE_CPU.split(" or "):
+        named = [taken for file in using for name, taken in files[file].items() if word in name]
+        assert named
+        assert not any("backend" in taken for taken in named)
+
+
+def test_every_backend_does_a_step_after_the_build(monkeypatch):
+    assert check.first_steps("cpu") == hta.backends()
+    step = hta.coupled_step_
+
+    def wrong(x, *arguments, **options):
+        step(x, *arguments, **options)
+        x += hta.kernels._wanted == "cpu"
+
+    monkeypatch.setattr(hta, "coupled_step_", wrong)
+    found = check.first_steps("cpu")
+    if hta.backends()["cpu"].startswith("available"):
+        assert found["cpu"].startswith(f"{check.FAILS}AssertionError: ")
+    assert hta.kernels._wanted is None
+
+
+def test_triton_is_watched_in_few_shapes(monkeypatch):
+    launched = []
+    monkeypatch.setattr(hta, "coupled_step_", lambda *_, **__: launched.append(1))
+    counted = []
+    for shapes in (launches.FEW, launches.ALL):
+        for dtypes in shapes.dtypes:
+            launches.steps(shapes, *dtypes)
+        counted.append(len(launched))
+        launched.clear()
+    assert counted == [48, 1080]
+
+
+def test_a_backends_kernels_are_timed_without_choosing_it_each_time(monkeypatch):
+    chosen = []
+
+    class Graphed:
+        def __init__(self, device, on_failure):
+            self.on_failure = on_failure
+
+        def __call__(self, step):
+            step()
+            chosen.append(hta.kernels._wanted)
+
+    monkeypatch.setattr(kernels, "Graphed", Graphed)
+    monkeypatch.setattr(measure, "on_gpu", lambda: True)
+    step = kernels.replayed("reference", measure.workloads.flat(100).optimizer)
+    assert chosen == (kernels.WARM_UP + 1) * ["reference"]  # the last is captured
+    monkeypatch.setattr(hta, "use_backend", None)
+    step()
+    assert chosen[-1] is None
+    with pytest.raises(RuntimeError, match="reference: cannot"):
+        step.func.on_failure("cannot")
+
+
+def test_the_scripts_steps_are_timed_in_a_row_and_once_its_workers_have_nothing_in_store():
+    calls = count()
+
+    def step():
+        if next(calls) >= steps.IN_STORE:
+            time.sleep(0.02)
+
+    seconds, _ = steps.consecutive(step, 5)
+    assert 0.02 <= seconds < 0.1
+    assert next(calls) == steps.IN_STORE + 5
+
+
 def test_dram_bytes_are_read_from_nsight_computes_table():
     header = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
     rows = '"0","7","step_kernel","dram__bytes_read.sum","Gbyte","4.2"\n"0","7","step_kernel","dram__bytes_write.sum","Mbyte","2,400.5"\n'
     assert counters.dram_bytes("==PROF== Connected\n" + header + rows) == [pytest.approx(6.6005e9)]
+    base = rows.replace("Gbyte", "byte").replace('"4.2"', '"4,200,000,000"')  # as --print-units base has it
+    assert counters.dram_bytes(header + base) == [pytest.approx(6.6005e9)]
     assert counters.dram_bytes("==ERROR== no counters") == []
 
 

@@ -28,7 +28,7 @@ from .session import ROOT, Part, Session
 from .stages import perform, read, work
 
 STAGES: dict[str, tuple[Callable[[Session], Mapping[str, Part]], str]] = {  # the most telling first
-    "check": (check.parts, "the build, the tests over every backend, compute-sanitizer over every kernel"),
+    "check": (check.parts, "the build, compute-sanitizer over the kernels, the tests over every backend"),
     "kernels": (kernels.parts, "the step's bandwidth, its DRAM bytes, its rivals"),
     "step": (steps.parts, "the training step of HTA and SGD, beside the usual script's"),
     "table2": (table2.parts, "VGG11 and VGG16 on CIFAR-10 for the paper's 300 epochs"),

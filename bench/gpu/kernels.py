@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 import hta_fused as hta
+from hta_fused.train.graphs import WARM_UP, Graphed
 
 from .. import measure, rivals, workloads
 from ..measure import OURS
+from ..rivals import Step
 from .counters import dram
 from .session import Part, Result, Session, default_device
 
@@ -46,16 +48,16 @@ def flat(session: Session, proposal: str, gradients: str, m: int) -> Result:
 
 
 def timed(session: Session, make: Any, bounds: dict[str, float]) -> Result:
-    """The backend that is chosen beside all rivals, and the other backends in the same rounds."""
+    """Our step beside all rivals, and in the same rounds each backend's kernels by themselves."""
     with default_device(session.device):
-        others = {f"{OURS}, {name}": on(name, make().optimizer) for name in session.backends[1:]}
+        kernels = {_of(name): replayed(name, make().optimizer) for name in session.backends}
         # A rehearsal does not wait for a compiler.
         names = [
             name for name in (*rivals.COUPLED, rivals.NAIVE) if not (session.rehearsal and name == "torch.compile")
         ]
-        result = measure.step(make, 3 if session.rehearsal else 30, names=names, details=False, more=others)
+        result = measure.step(make, 3 if session.rehearsal else 30, names=names, details=False, more=kernels)
         load_bytes, n = result["bytes"][OURS], result["elements"]
-        for name in others:
+        for name in kernels:
             result["bandwidth"][name] = load_bytes * n / result["times"][name][0]
         gc.collect()
     measure.ratio_claims(
@@ -65,12 +67,27 @@ def timed(session: Session, make: Any, bounds: dict[str, float]) -> Result:
     return {"measured": result, "rows": rows(result, session.backends), **session.judged(result["claims"])}
 
 
-def on(backend: str, optimizer: hta.CoupledOptimizer):
-    def step() -> None:
-        hta.use_backend(backend)
-        optimizer.step()
-        hta.use_backend(None)
+def _of(backend: str) -> str:
+    return f"{OURS}, {backend}'s kernels"
 
+
+def replayed(backend: str, optimizer: hta.CoupledOptimizer) -> Step:
+    """A backend's step without the host's part in it: a CUDA graph, captured while the backend was chosen; the step as
+    it is where there is no GPU."""
+    if not measure.on_gpu():
+        return optimizer.step
+
+    def refuse(reason: str) -> None:
+        raise RuntimeError(f"{backend}: {reason}")
+
+    optimizer.capturable = True
+    step = partial(Graphed(torch.device("cuda"), refuse), optimizer.step)
+    hta.use_backend(backend)
+    try:
+        for _ in range(WARM_UP + 1):
+            step()
+    finally:
+        hta.use_backend(None)
     return step
 
 
@@ -81,8 +98,7 @@ def rows(result: Result, backends: list[str]) -> dict[str, Result]:
     row = {
         "ms": f"{1e3 * ours:.3g}",
         "GB/s": f"{result['bandwidth'][OURS] / 1e9:.0f}",
-        **{f"of the roof, {b}": f"{result['bandwidth'][OURS if i == 0 else f'{OURS}, {b}'] / roof:.2f}"
-           for i, b in enumerate(backends)},
+        **{f"of the roof, {b}": f"{result['bandwidth'][_of(b)] / roof:.2f}" for b in backends},
     }  # fmt: skip
     short = {"torch._foreach_*": "foreach", "torch.compile": "compile", rivals.NAIVE: "autograd",
              rivals.FLOOR: "uncoupled torch.optim"}  # fmt: skip

@@ -1,9 +1,10 @@
-"""Launches each kernel of a backend, in each of its shapes, once: what compute-sanitizer watches.
+"""Launches each kernel of a backend, in each of its shapes (Triton's in some), once: what compute-sanitizer watches.
 
 python -m bench.gpu.launches BACKEND DEVICE
 """
 
 import sys
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -17,8 +18,24 @@ from hta_fused.train import data
 
 from .session import LEFT_OUT, default_device
 
-COPIES = (1, 2, 3, 5, 9)  # a pair's kernel, four, eight, and row by row
-LABELS = ("structural", "bytes", "hashed")
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the kernels are launched over: all combinations."""
+
+    copies: tuple[int, ...] = (1, 2, 3, 5, 9)  # a pair's kernel, four, eight, and row by row
+    labels: tuple[str, ...] = ("structural", "bytes", "hashed")
+    guards: tuple[bool, ...] = (False, True)  # against gradients that are not finite
+    dtypes: tuple[tuple[torch.dtype, torch.dtype | None], ...] = (  # of the copies, and of low gradients
+        (F32, None), (F64, None), (F32, BF16), (BF16, None), (F32, F16), (F16, None),
+    )  # fmt: skip
+
+
+ALL = Shapes()
+# Triton compiles a kernel for each combination, for seconds.
+FEW = Shapes((2, 9), ("bytes", "hashed"), (True,), ((F32, None), (F32, BF16)))
 PROPOSALS: tuple[hta.SGD | hta.AdamW, ...] = (hta.SGD(0.1, 0.9, 1e-3), hta.AdamW(0.01, weight_decay=0.1))
 COUPLINGS: tuple[Coupling, ...] = (hta.Homotopy(0.05), hta.Explicit(0.5), hta.Elastic(0.05))
 SIZE = 16 * 1024 + 1025  # more than one chunk, and an end within a tile
@@ -35,12 +52,12 @@ def labels_of(kind: str, m: int) -> Tensor | hta.Partition:
     return partition
 
 
-def steps(dtype: torch.dtype, low: torch.dtype | None) -> None:
-    """Whole steps, with and without the guard against gradients that are not finite."""
-    for m, proposal, coupling, kind in product(COPIES, PROPOSALS, COUPLINGS, LABELS):
+def steps(shapes: Shapes, dtype: torch.dtype, low: torch.dtype | None) -> None:
+    """Whole steps."""
+    for m, proposal, coupling, kind in product(shapes.copies, PROPOSALS, COUPLINGS, shapes.labels):
         copies, states = torch.randn(m, SIZE).to(dtype), [torch.rand(m, SIZE).to(dtype) for _ in proposal.buffers]
         more = {} if low is None else {"low": torch.zeros(m, SIZE, dtype=low)}
-        for guard in (False, True):
+        for guard in shapes.guards:
             hta.coupled_step_(
                 copies, torch.randn(m, SIZE).to(low or dtype), states, torch.randn(SIZE).to(dtype), labels_of(kind, m),
                 proposal=proposal, coupling=coupling, step=3, skip_nonfinite=guard, **more,
@@ -49,9 +66,9 @@ def steps(dtype: torch.dtype, low: torch.dtype | None) -> None:
             raise AssertionError(f"{m} copies, {proposal}, {coupling}, labels {kind}: not finite")
 
 
-def phases() -> None:
+def phases(shapes: Shapes) -> None:
     """A step cut at its sum, as one copy for each process does it."""
-    for m, proposal, kind in product(COPIES, PROPOSALS, LABELS):
+    for m, proposal, kind in product(shapes.copies, PROPOSALS, shapes.labels):
         copies, grads, sums = torch.randn(m, SIZE), torch.randn(m, SIZE), torch.zeros(SIZE)
         states = [torch.rand(m, SIZE) for _ in proposal.buffers]
         anchor, stats = torch.randn(SIZE), torch.zeros(4, dtype=torch.float64)
@@ -63,8 +80,8 @@ def phases() -> None:
                                           proposal.kernel, False, False, phase, [], [], None)  # fmt: skip
 
 
-def penalties() -> None:
-    for m, kind, dtype in product(COPIES, LABELS, (torch.float32, torch.float64)):
+def penalties(shapes: Shapes) -> None:
+    for m, kind, dtype in product(shapes.copies, shapes.labels, (F32, F64)):
         copies, anchor = torch.randn(m, SIZE, dtype=dtype), torch.randn(SIZE, dtype=dtype)
         pattern = ops._pattern(labels_of(kind, m), copies[0], m)
         rules = ops.rules_of(hta.SGD(1.0), hta.Explicit(0.3), m)[None].to(anchor)
@@ -75,7 +92,7 @@ def penalties() -> None:
 
 def batches(device: str, low: bool) -> None:
     images = data.synthetic(50, 8)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)[: 3 if low else 1]:
+    for dtype in (F32, BF16, F16)[: 3 if low else 1]:
         for layout in (torch.contiguous_format, torch.channels_last):
             for _ in data.Batches(images, 32, 0, device, layout, dtype).epoch(0):
                 pass
@@ -88,15 +105,13 @@ def main(backend: str, device: str) -> None:
         sys.exit(LEFT_OUT)
     hta.use_backend(backend)
     torch.manual_seed(0)
+    shapes = FEW if backend == "triton" else ALL
     low = device != "cpu"  # the CPU's kernels take none
     with default_device(device):
-        steps(torch.float32, None)
-        steps(torch.float64, None)
-        for dtype in (torch.bfloat16, torch.float16) if low else ():
-            steps(torch.float32, dtype)
-            steps(dtype, None)
-        phases()
-        penalties()
+        for dtype, grads in shapes.dtypes if low else shapes.dtypes[:2]:
+            steps(shapes, dtype, grads)
+        phases(shapes)
+        penalties(shapes)
     batches(device, low)
     if device != "cpu":
         torch.cuda.synchronize()

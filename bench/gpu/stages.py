@@ -15,10 +15,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hta_fused.files import write_json
 
 from .report import Content, finished, judge, settled
-from .session import ROOT, Part, Session, Stopped, tail
+from .session import ROOT, Part, Session, Stopped, die_with_parent, tail
 
 START = "start"  # what stands in the place of a part where a stage could not name its parts
 AGAIN = 3  # the child's exit status where its CUDA context is of no use any more
@@ -61,7 +63,7 @@ def work(name: str, make: Callable[[Session], Mapping[str, Part]], session: Sess
                 result = do()
             except Exception as error:
                 result = {"passed": False, "error": f"{type(error).__name__}: {tail(str(error))}"}
-                status = AGAIN if "CUDA error" in str(error) else 0
+                status = AGAIN if _spoilt(session, error) else 0
             results[part] = {**result, "seconds": round(time.perf_counter() - start, 1)}
             content["under_way"] = None
             write_json(file, content)
@@ -72,6 +74,18 @@ def work(name: str, make: Callable[[Session], Mapping[str, Part]], session: Sess
     except Stopped:  # the parent says what becomes of the part under way
         return 0
     return 0
+
+
+def _spoilt(session: Session, error: Exception) -> bool:
+    """Whether an error has left no CUDA context to go on in, which not every message says."""
+    if "CUDA error" in str(error):
+        return True
+    try:
+        if session.device == "cuda":
+            torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 # ----------------------------------------------------------------------------------------------------------- the parent
@@ -114,7 +128,9 @@ def perform(name: str, command: list[str], file: Path, limit: float, about: Cont
 def supervise(command: list[str], end: float) -> tuple[int, str | None]:
     """A command's exit status, and what cut it short: "limit", "interrupt" or nothing. Nothing that it started stays."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True)
+    # What a killed parent left behind would write to the next call's results.
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+                               preexec_fn=die_with_parent)  # fmt: skip
     cut: str | None = None
     grace = min(LONGEST_GRACE, 0.25 * max(0.0, end - time.monotonic()))
     try:
