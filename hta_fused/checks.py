@@ -1,5 +1,6 @@
 """Checks of settings at the boundary: one line that names the argument, what was wanted and what came. Imports torch only."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
@@ -52,14 +53,39 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
+def choice(name: str, value: Any, *of: str) -> str:
+    """One of some strings, as a str.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if not isinstance(value, str) or value not in of:
+        wanted = (" or " if len(of) == 2 else ", ").join(map(repr, of))
+        raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
+    return str(value)
+
+
+def plain(value: Any) -> Any:
+    """A setting, or a tuple or list of some, with Python's own numbers and strings for NumPy's: these are among them by
+    isinstance, but torch.load with weights_only refuses what holds them."""
+    if type(value) in (tuple, list):
+        return type(value)(map(plain, value))
+    if isinstance(value, bool):
+        return value
+    kinds: tuple[tuple[type, Callable[[Any], Any]], ...] = ((str, str), (Integral, int), (Real, float))
+    return next((own(value) for kind, own in kinds if isinstance(value, kind)), value)
+
+
 def field_types(settings: Any) -> None:
-    """Checks the numbers and flags among a settings object's fields; NumPy's numbers become Python's, as does a tensor of one
-    (but lr, which may change in place)."""
+    """Checks the numbers and flags among a settings object's fields; NumPy's numbers and strings become Python's, as does a
+    tensor of one number (but lr, which may change in place)."""
     for f in fields(settings):
         value = getattr(settings, f.name)
         if f.type is float:
             checked = number(f.name, value)
-            if f.name != "lr" if isinstance(value, Tensor) else not isinstance(value, float | int):
+            if f.name != "lr" if isinstance(value, Tensor) else type(value) not in (float, int):
                 object.__setattr__(settings, f.name, checked)
+        elif f.type is str and type(value) is not str:
+            object.__setattr__(settings, f.name, plain(value))
         elif f.type is bool:
             flag(f.name, value)

@@ -22,11 +22,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .checks import field_types, shown
+from .checks import choice, field_types, shown
 
 Row = tuple[float, float, float, float, float]  # read, keep, share, pull, anchored
 INDEPENDENT: Row = (0.0, 1.0, 0.0, 0.0, 0.0)
 FIXED = INDEPENDENT  # the centre's, where it does not move
+LARGEST = torch.finfo(torch.float32).max ** 0.5  # number that kernels take in float32
 
 
 def free_block(copy: int, copies: int) -> int:
@@ -53,8 +54,7 @@ class Coupling:
         if isinstance(self.every, bool) or not (isinstance(self.every, Integral) and 1 <= self.every < 2**63):
             raise ValueError(f"every must be a whole number of steps, at least 1, got {shown(self.every)}"[:200])
         object.__setattr__(self, "every", int(self.every))
-        if getattr(self, "mode", "implicit") not in ("implicit", "explicit"):
-            raise ValueError(f"mode must be 'implicit' or 'explicit', got {shown(self.mode)}")
+        choice("mode", getattr(self, "mode", "implicit"), "implicit", "explicit")
 
     def rules(self, copies: int, step_size: float, step: int = 1) -> Tensor:
         """The rules at step number `step`, the first being 1: float64 [copies + 1 labels, copies + 1, 5] on the CPU."""
@@ -203,7 +203,8 @@ class Elastic(Coupling):
     Args:
         alpha: the paper's ηρ, in [0, 1], and at most 1/copies.
         mode: "implicit" pulls at the proposals, stable for every learning rate; "explicit", the paper's own, at the
-            copies before their gradient step, through the momentum if there is one.
+            copies before their gradient step, through the momentum if there is one. At a learning rate of 0, or one so small
+            that alpha/lr is beyond float32's arithmetic, no gradient can pull, and the centre stays too.
     """
 
     alpha: float = 0.1
@@ -218,10 +219,13 @@ class Elastic(Coupling):
         alpha = self.alpha
         if alpha * copies > 1 + 1e-12:
             raise ValueError(f"alpha must be at most 1/copies = {1 / copies:.3g}, got {alpha}")
-        row = (1.0, 1 - alpha, 0.0, alpha, 1.0)
+        row, centre = (1.0, 1 - alpha, 0.0, alpha, 1.0), (0.0, 1 - copies * alpha, alpha, 0.0, 0.0)
         if self.explicit:
-            row = (1.0, 1.0, 0.0, alpha / step_size * self.every if step_size else 0.0, 1.0)
-        return _table(copies, lambda label, copy: row, (0.0, 1 - copies * alpha, alpha, 0.0, 0.0))
+            pull = alpha / step_size * self.every if step_size else math.inf
+            if pull > LARGEST:
+                pull, centre = 0.0, FIXED
+            row = (1.0, 1.0, 0.0, pull, 1.0)
+        return _table(copies, lambda label, copy: row, centre)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from .checks import shown
+from .checks import choice, shown
 from .kernels.reference import DTYPES, LOW
-from .layout import Layout, owners_of, trainable
+from .layout import Layout, check_dense, owners_of, trainable
 from .masters import FORMATS, Masters
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -72,12 +72,16 @@ class FlatCopies(nn.Module):
         self.copies = Numbered(copies, first)
         self.first = first
         self.layout = layout
-        self.compute_dtype = compute_dtype
-        self.master_format = master_format
+        self._compute_dtype = compute_dtype
+        self._master_format = master_format
         self.trained = [[trainable(net)[name] for name in layout.names] for net in copies]
         for row, parameters in enumerate(self.trained):
             for name, parameter in zip(layout.names, parameters, strict=True):
                 _check_plain(f"parameter {name!r} of copy {row + self.first}", parameter)
+                if parameter.is_inference():
+                    raise TypeError(
+                        f"parameter {name!r} of copy {row + self.first} must be one that can train, got one made under inference_mode"
+                    )
         owners = owners_of(copies[0])
         self._in_norm = [isinstance(owners[id(p)], _NORMS) for p in self.trained[0]]  # stays float32
         for net in copies:
@@ -86,6 +90,16 @@ class FlatCopies(nn.Module):
 
     def __len__(self) -> int:
         return len(self.copies)
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The modules' where it is not the values', or None; for another one make new Replicas."""
+        return self._compute_dtype
+
+    @property
+    def master_format(self) -> str:
+        """Of the values; for another one make new Replicas."""
+        return self._master_format
 
     @property
     def params(self) -> Tensor:
@@ -176,6 +190,7 @@ class FlatCopies(nn.Module):
 
     # ---------------------------------------------------------------------------------------------------------- memory
 
+    @torch.inference_mode(False)  # what is made there could not be trained
     @torch.no_grad()
     def _bind(self, like: Tensor, masters: Tensor | None = None) -> None:
         """Takes the trained parameters, and their gradients, into new flat buffers of the dtype and device of `like`.
@@ -280,6 +295,7 @@ class FlatCopies(nn.Module):
                 parameter.grad = view.to(parameter.dtype)
         self._bind(grads.new_empty(0, dtype=self.trained[0][0].dtype) if masters is None else masters, masters)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def rebind(self) -> None:
         """Takes the values (and gradients) of parameters that were replaced or moved after the Replicas were made, by
@@ -465,8 +481,7 @@ def check_model(
     if compute_dtype is not None and (compute_dtype not in LOW or dtype != torch.float32):
         got = compute_dtype if isinstance(compute_dtype, torch.dtype) else shown(compute_dtype)
         raise TypeError(f"compute_dtype must be bfloat16 or float16 beside float32, got {got} for {dtype}")
-    if master_format not in FORMATS:
-        raise ValueError(f"master_format must be {' or '.join(map(repr, FORMATS))}, got {shown(master_format)}")
+    choice("master_format", master_format, *FORMATS)
     if master_format == "split" and compute_dtype is None:
         raise ValueError("master_format='split' needs a compute_dtype, bfloat16 or float16, got None")
     return next(iter(first.values())), compute_dtype
@@ -497,3 +512,4 @@ def _check_plain(what: str, parameter: Tensor, error: type[Exception] = TypeErro
     if not issubclass(type(parameter), nn.Parameter):  # isinstance says yes to every tensor that was made a parameter
         sharded = ": FSDP2's shards cannot lie in a flat buffer" if type(parameter).__name__ == "DTensor" else ""
         raise error(f"{what} must be a plain torch.nn.Parameter, got a {type(parameter).__name__}{sharded}")
+    check_dense(what, parameter, error)

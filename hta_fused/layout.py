@@ -29,6 +29,8 @@ class Layout:
 
         Memory formats are kept: a channels-last kernel is laid out in channels-last order.
         """
+        for name, parameter in trainable(model).items():
+            check_dense(f"model's parameter {name!r}", parameter)
         dense = {name: torch.empty_like(p, device="meta") for name, p in trainable(model).items()}  # in p's own order
         return cls.of_shapes([(name, p.shape, p.stride()) for name, p in dense.items()])
 
@@ -74,6 +76,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_dense(what: str, parameter: Tensor, error: type[Exception] = TypeError) -> None:
+    """Raises where a parameter's elements do not all lie in memory."""
+    if parameter.layout != torch.strided:
+        raise error(f"{what} must be dense, got one of {parameter.layout}")
 
 
 def owners_of(model: nn.Module) -> dict[int, nn.Module]:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from . import couplings
-from .checks import flag, number, shown, whole
+from .checks import choice, flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy, Parle
 from .distributed import StepAcross
 from .groups import check_coupling, check_together, coupling_settings, picked, settings_of, split
@@ -75,6 +74,7 @@ class CoupledOptimizer(FlatState):
         TypeError: an argument or a setting of another type than these.
     """
 
+    @torch.inference_mode(False)  # what is made there no step could write; here, and wherever buffers are made
     def __init__(
         self,
         replicas: Replicas,
@@ -96,13 +96,12 @@ class CoupledOptimizer(FlatState):
         flag("skip_nonfinite", skip_nonfinite)
         flag("capturable", capturable)
         flag("unscale", unscale)
-        if state_format not in STATE_FORMATS:
-            raise ValueError(f"state_format must be {', '.join(map(repr, STATE_FORMATS))}, got {shown(state_format)}")
+        state_format = choice("state_format", state_format, *STATE_FORMATS)
         if state_format != "full" and replicas.dtype != torch.float32:
             raise ValueError(f"state_format={state_format!r} needs copies of float32, got {replicas.dtype}")
         if state_format != "full" and replicas.processes:
             raise ValueError(f"state_format must be 'full' where each process holds one copy, got {state_format!r}")
-        self.state_format = state_format
+        self._state_format = state_format
         self._format = STATE_FORMATS[state_format]
         self._rounds = (self._format, replicas.anchor_format, replicas.master_format) != (
             None,
@@ -145,7 +144,7 @@ class CoupledOptimizer(FlatState):
         self._write_codes()
         # What the kernels read, a row for each group; see csrc/args.h.
         self.rules = torch.zeros(0, dtype=arithmetic(replicas.dtype))
-        self._values_at(1)  # raises for what is outside its range
+        self._check_values(map(self._coupling_of, self.param_groups))
         self._across = StepAcross(replicas.processes) if replicas.processes else None
         if replicas.processes:
             if capturable:
@@ -156,6 +155,11 @@ class CoupledOptimizer(FlatState):
     # ------------------------------------------------------------------------------------------------- settings
 
     @property
+    def state_format(self) -> str:
+        """Of the proposal's buffers; for another one make a new optimizer."""
+        return self._state_format
+
+    @property
     def coupling(self) -> Coupling:
         """The coupling of all groups (of the first, should they differ)."""
         return self._coupling_of(self.param_groups[0])
@@ -164,6 +168,7 @@ class CoupledOptimizer(FlatState):
     @_disable_dynamo  # else a compiled function would be compiled anew for each value
     def coupling(self, value: Coupling) -> None:
         check_coupling(value, self.replicas)
+        self._check_values([value] * len(self.param_groups))
         self._take_edits()
         old, new = coupling_settings(self.coupling), coupling_settings(value)
         for group in self.param_groups:
@@ -186,8 +191,12 @@ class CoupledOptimizer(FlatState):
     @_disable_dynamo
     def L(self, value: float) -> None:
         _ = self.L
-        for group in self.param_groups:
-            check_coupling(replace(self._coupling_of(group), L=value), self.replicas)  # type: ignore[call-arg]
+        value = number("L", value)
+        of_groups = [replace(self._coupling_of(group), L=value) for group in self.param_groups]  # type: ignore[call-arg]
+        for coupling in of_groups:
+            check_coupling(coupling, self.replicas)
+        if self.capturable:  # else `step` looks before it writes
+            self._check_values(of_groups)
         for group in self.param_groups:
             group["L"] = value
         if self.capturable:
@@ -263,15 +272,11 @@ class CoupledOptimizer(FlatState):
         replicas.collect_grads_unchecked()
         if self._planned is not None:
             self.rules.view(-1).copy_(self._planned.index_select(0, self._cursor)[0])
-            self._cursor += 1
         elif capturing:
             if not self.capturable:
                 raise RuntimeError(f"a CUDA graph captures {type(self).__name__}.step(), which needs capturable=True")
             if self._known is None:
                 raise RuntimeError(f"call {type(self).__name__}.refresh() before a CUDA graph captures step()")
-        else:
-            self._steps += 1
-            self._show_step()
         waiting = [part.clone() for part in self._waiting]
         if self._coupling_class is Parle:
             self._step_parle(grad_scale)
@@ -289,6 +294,12 @@ class CoupledOptimizer(FlatState):
                 corrections=[] if masters.corrections is None else [masters.corrections], scales=self._state_scales,
                 noise=self._noise if self._rounds else None,
             )  # fmt: skip
+        # Only now: a backend may have refused these copies, or a process others' settings.
+        if self._planned is not None:
+            self._cursor += 1
+        elif not capturing:
+            self._steps += 1
+            self._show_step()
         if waiting:
             torch._foreach_copy_(self._waiting, waiting)
         if self._rounds:
@@ -302,7 +313,7 @@ class CoupledOptimizer(FlatState):
         replicas, coupling, masters = self.replicas, self.coupling, self.replicas.masters
         assert isinstance(coupling, Parle)
         points, averages = self._buffers["point"], self._buffers["average"]
-        ends = self._steps % coupling.every == 0
+        ends = (self._steps + 1) % coupling.every == 0
         found_inf = self._skips(ends)
         codes = self._codes * self._codes.new_tensor([1, 0])  # groups, without labels
         stats = self._stats.expand(len(replicas), 4).contiguous()
@@ -356,14 +367,15 @@ class CoupledOptimizer(FlatState):
             self._frozen,
             int(seed) if seed is not None and seed.is_cpu else None,
         )
-        same = float(zlib.crc32(repr(state).encode()) + self._steps & 0xFFFFFF)
+        step = self._steps + 1
+        same = float(zlib.crc32(repr(state).encode()) + step & 0xFFFFFF)
         asked = torch.tensor([0.0, same, -same], dtype=torch.float32, device=found_inf.device)
         asked[0] = found_inf.detach()
         replicas.processes.largest_(asked)
         if asked.is_cpu and len(set(map(abs, asked.tolist()[1:]))) > 1:
             raise RuntimeError(
                 "lr, L and all other settings, what is frozen and the partition's seed must be the same in all processes, but "
-                f"at step {self._steps} they differ"
+                f"at step {step} they differ"
             )
         return asked[:1]
 
@@ -372,6 +384,7 @@ class CoupledOptimizer(FlatState):
         step = self._steps + 1
         settings = [self._group_settings(group) for group in self.param_groups]
         changed = self._known is None or settings != self._known[0]
+        settings = _kept(settings) if changed else self._known[0]
         made = [self._made_of(group) for group in self.param_groups] if changed else self._made
         # A coupling's rules depend on whether a period ends, AdamW's numbers on the step.
         ends = [step % coupling.every == 0 for _, coupling in made]
@@ -394,6 +407,7 @@ class CoupledOptimizer(FlatState):
         self._known, self._made = known, made
         self._warn_if_unstable()
 
+    @torch.inference_mode(False)
     def plan(self, lrs: Sequence[float], start: int = 0) -> None:
         """Puts the rules of many steps on the device, where each `step`, captured or not, takes the next.
 
@@ -414,24 +428,32 @@ class CoupledOptimizer(FlatState):
             raise ValueError("lrs must hold at least one learning rate")
         self.replicas.check()
         self._take_edits()
-        done, planned = self.steps, self._planned
-        self._planned = None  # what follows is not between planned steps
-        self._follow()
+        done = self.steps
+        self._follow(between=False)
         self._fit_buffers()
         first = done - start
         rows = torch.stack([self._values_at(first + i + 1, lr=lr).view(-1) for i, lr in enumerate(lrs)])
+        planned = self._planned  # in force until here
         if planned is None or planned.shape != rows.shape or planned.device != self.rules.device:
             planned = torch.empty_like(rows, device=self.rules.device)
             self._cursor = torch.zeros(1, dtype=torch.int64, device=self.rules.device)
         self._planned = planned.copy_(rows)
-        self._planned_of = self._settings_but_lr()
+        self._planned_of = _kept(self._settings_but_lr())
         self._plan_start = first
         self._cursor.fill_(start)
         self._noise.fill_(done)
         self._known = None
 
     def values_at(self, **changed: Any) -> Tensor:
-        """What `rules` would hold at the next step, on the CPU, were some settings changed in every group (lr=0.1, say)."""
+        """What `rules` would hold at the next step, on the CPU, were some settings changed in every group (lr=0.1, say).
+
+        Raises:
+            ValueError: a name that is no setting of the proposal or the coupling.
+        """
+        known = [f.name for of in (self.proposal, self._coupling_class) for f in fields(of)]
+        for name in changed:
+            if name not in known:
+                raise ValueError(f"changed must name settings, {', '.join(known)}, got {name!r}")
         return self._values_at(self.steps + 1, **changed)
 
     # ------------------------------------------------------------------------------------------------- state
@@ -464,8 +486,10 @@ class CoupledOptimizer(FlatState):
         self.load_state_dict(state["state_dict"])
         self._stats.copy_(state["stats"])
         if state["plan"] is not None:
+            self.replicas.settle()
+            self._follow()  # what is frozen is so for the plan too
             self._planned, self._cursor, self._plan_start = state["plan"]
-            self._planned_of = self._settings_but_lr()
+            self._planned_of = _kept(self._settings_but_lr())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CoupledOptimizer":
         """With Replicas of its own, or, where these are copied in the same call, over those."""
@@ -475,6 +499,7 @@ class CoupledOptimizer(FlatState):
 
     # ------------------------------------------------------------------------------------------------- private
 
+    @torch.inference_mode(False)
     def _make_buffers(self) -> None:
         """Allocates what the proposal and the coupling need, keeping what is there; and says what a step writes."""
         replicas, coupling, kind = self.replicas, self.coupling, self._kind()
@@ -546,7 +571,7 @@ class CoupledOptimizer(FlatState):
             raise ValueError(f"coupling must be the same in all of {name}, got several")
         made = []
         for group in groups:
-            of = couplings.BY_NAME[group["coupling"]]
+            of = self._coupling_named(group["coupling"])
             for key in (*settings_of(self.proposal), *(f.name for f in fields(of))):
                 if key not in group:
                     raise ValueError(f"{key} is missing in {name}: they are of another optimizer")
@@ -573,12 +598,21 @@ class CoupledOptimizer(FlatState):
         return [float(v) if isinstance(v, Tensor) else tuple(v) if isinstance(v, list) else v for v in read]
 
     def _settings_but_lr(self) -> list[list[Any]]:
-        """What a plan was made from, besides the learning rates that it was given."""
-        return [self._group_settings({**group, "lr": 0.0}) for group in self.param_groups]
+        """What a plan was made from, besides the learning rates that it was given: what is frozen, and each group's."""
+        return [self._frozen, *(self._group_settings({**group, "lr": 0.0}) for group in self.param_groups)]
 
     def _values_at(self, step: int, **changed: Any) -> Tensor:
         """The rules of every group at a step, in the kernels' arithmetic, on the CPU."""
         return self._values_of([self._made_of(group, **changed) for group in self.param_groups], step)
+
+    def _check_values(self, of_groups: Iterable[Coupling]) -> None:
+        """Raises where couplings, one for each group, give numbers too large for the kernels: at the next step, or where the
+        next period ends."""
+        dtype, step = arithmetic(self.replicas.dtype), self._steps + 1
+        for group, coupling in zip(self.param_groups, of_groups, strict=True):
+            proposal = self._proposal_of(group)
+            for at in {step, -(-step // coupling.every) * coupling.every}:
+                rules_of(proposal, coupling, self._coupled(type(coupling)), at, dtype)
 
     def _values_of(self, made: list[tuple[Proposal, Coupling]], step: int) -> Tensor:
         copies, dtype = self._coupled(), self.rules.dtype
@@ -616,49 +650,56 @@ class CoupledOptimizer(FlatState):
             "skip_nonfinite": self.skip_nonfinite,
         }
 
-    def _follow(self) -> None:
-        """Moves what is here to where the Replicas are now, and notices what was frozen, and another anchor."""
+    def _follow(self, between: bool = True) -> None:
+        """Follows the Replicas where they were moved, and notices what was frozen, and another anchor. between: planned steps, if
+        there are any."""
         replicas = self.replicas
         if replicas.anchor is not self._anchor:
             replicas.check_anchor()
             self._make_buffers()
         if replicas.grads is not self._bound:
-            if self._format and replicas.dtype != torch.float32:
-                raise TypeError(
-                    f"dtype of Replicas must stay float32 with state_format={self.state_format!r}, got {replicas.dtype}"
-                )
-            self._bound = replicas.grads
-            device, dtype = replicas.device, arithmetic(replicas.dtype)
-            self._noise = self._noise.to(device)
-            self._scales = {name: scales.to(device) for name, scales in self._scales.items()}
-            self._codes, self._stats = self._codes.to(device), self._stats.to(device)
-            self.rules = self.rules.new_empty(0)
-            if self._planned is not None:
-                self._planned, self._cursor = self._planned.to(device, dtype), self._cursor.to(device)
-            rows = count(2)
-            self._buffers, self._idle = (
-                {
-                    name: replicas.rows(next(rows), self._format if name in self.proposal.all_buffers else None).copy_(
-                        buffer
-                    )
-                    for name, buffer in buffers.items()
-                }
-                for buffers in (self._buffers, self._idle)
-            )
-            self._make_buffers()
+            self._move()
         if replicas.frozen != self._frozen:
-            if self._planned is not None:
+            if between and self._planned is not None:
                 raise RuntimeError("parameters must not be frozen or set to train between planned steps; plan again")
             self._frozen = list(replicas.frozen)
             self._write_codes()
             self._make_buffers()
 
+    @torch.inference_mode(False)
+    def _move(self) -> None:
+        """Moves what is here to where the Replicas are now."""
+        replicas = self.replicas
+        if self._format and replicas.dtype != torch.float32:
+            raise TypeError(
+                f"dtype of Replicas must stay float32 with state_format={self.state_format!r}, got {replicas.dtype}"
+            )
+        self._bound = replicas.grads
+        device, dtype = replicas.device, arithmetic(replicas.dtype)
+        self._noise = self._noise.to(device)
+        self._scales = {name: scales.to(device) for name, scales in self._scales.items()}
+        self._codes, self._stats = self._codes.to(device), self._stats.to(device)
+        self.rules = self.rules.new_empty(0)
+        if self._planned is not None:
+            self._planned, self._cursor = self._planned.to(device, dtype), self._cursor.to(device)
+        rows = count(2)
+        self._buffers, self._idle = (
+            {
+                name: replicas.rows(next(rows), self._format if name in self.proposal.all_buffers else None).copy_(
+                    buffer
+                )
+                for name, buffer in buffers.items()
+            }
+            for buffers in (self._buffers, self._idle)
+        )
+        self._make_buffers()
+
     def _made_of(self, group: Mapping[str, Any], **changed: Any) -> tuple[Proposal, Coupling]:
         return self._proposal_of(group, **changed), self._coupling_of(group, **changed)
 
-    def _coupled(self) -> int:
-        """How many copies one call of the kernel couples."""
-        return 1 if self._coupling_class is Parle else self.replicas.count
+    def _coupled(self, of: type[Coupling] | None = None) -> int:
+        """How many copies one call of the kernel couples, by the coupling of now or another."""
+        return 1 if (of or self._coupling_class) is Parle else self.replicas.count
 
     def _warn_if_unstable(self) -> None:
         if self._coupling_class is not Explicit or self._warned or not isinstance(self.proposal, SGD):
@@ -709,12 +750,19 @@ class HomotopySGD(CoupledOptimizer):
         state_format: str = "full",
         unscale: bool = True,
     ):
-        if mode not in ("implicit", "explicit"):
-            raise ValueError(f"mode must be 'implicit' or 'explicit', got {shown(mode)}")
+        choice("mode", mode, "implicit", "explicit")
         super().__init__(
             replicas, SGD(lr, momentum, weight_decay, nesterov, maximize), Homotopy(L) if mode == "implicit" else Explicit(L),
             groups=groups, skip_nonfinite=skip_nonfinite, capturable=capturable, state_format=state_format, unscale=unscale,
         )  # fmt: skip
+
+
+def _kept(settings: list[list[Any]]) -> list[list[Any]]:
+    """Settings for a later comparison, as they are now: tensors in tuples (betas) may change in place."""
+    return [
+        [tuple(float(x) if isinstance(x, Tensor) else x for x in v) if isinstance(v, tuple) else v for v in of_group]
+        for of_group in settings
+    ]
 
 
 def _numbers(rows: list[list[float]]) -> Tensor:

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .checks import number, shown, whole
+from .checks import choice, number, shown, whole
 from .kernels.reference import HASHED, TILE, expand
 from .layout import Layout, owners_of, trainable
 
@@ -117,7 +117,7 @@ class Partition:
     @classmethod
     def none(cls, model: nn.Module, part: Part | None = None, *, blocks: int = 2) -> "Partition":
         """No blocks: all parameters are coupled and none is anchored."""
-        return cls._label(model, lambda name, owner, p: None, None, "none", None, blocks)
+        return cls._label(model, lambda name, owner, p: None, part, "none", None, blocks)
 
     conv_halves, layer_halves = conv_blocks, layer_blocks  # the paper's cases, two blocks
 
@@ -138,8 +138,7 @@ class Partition:
         p = 1 / blocks if p is None else number("p", p)
         if not 0 <= p <= 1:
             raise ValueError(f"p must be a probability, got {p}")
-        if by not in ("element", "unit"):
-            raise ValueError(f"by must be 'element' or 'unit', got {shown(by)}")
+        choice("by", by, "element", "unit")
         generator = torch.Generator().manual_seed(_seed(seed))
 
         def label(name: str, owner: nn.Module, w: Tensor) -> Tensor | None:
@@ -251,6 +250,14 @@ class Partition:
         if self.seed is None:
             raise ValueError("resample is for hashed labels; this Partition has none")
         self.seed.add_(1) if seed is None else self.seed.fill_(_seed(seed))
+
+    def with_own_seed(self) -> "Partition":
+        """This partition, whose hashed labels are drawn anew for whoever holds it alone."""
+        if self.seed is None:
+            return self
+        own = copy.copy(self)
+        own.seed = self.seed.clone()
+        return own
 
     def check_hashed(self, copies: int) -> None:
         """Raises where labels are hashed among other blocks than copies: kernels draw a block for each copy."""

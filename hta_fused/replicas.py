@@ -1,20 +1,21 @@
 """The coupled copies of a model, with their anchor and their partition; itself a module.
 
-Owns the copies and nothing else: no optimizer, no schedule, no data. Imports flat.py, partition.py, side_by_side.py and
-starts.py.
+Owns the copies and nothing else: no optimizer, no schedule, no data. Imports flat.py, merging.py, partition.py,
+side_by_side.py and starts.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.optim.swa_utils import update_bn
 
-from .checks import shown, whole
-from .distributed import Processes
+from . import merging
+from .checks import choice, shown, whole
+from .distributed import WIRE, Processes
 from .flat import FlatCopies, check_model
 from .kernels.reference import MAX_COPIES
 from .layout import Layout
@@ -42,7 +43,7 @@ class Replicas(FlatCopies):
         model: any module with trainable parameters of one floating dtype on one device.
         copies: m, how many there are, from 1 to 32; 2 unless a group says.
         partition: a Partition of the model, the name of one ("auto", "conv_blocks", "layer_blocks", "random",
-            "random_units", "hashed"), made of as many blocks as there are copies, or labels by parameter name. See
+            "random_units", "hashed", "none"), made of as many blocks as there are copies, or labels by parameter name. See
             `Partition.auto`; `describe()` prints what came of it.
         anchor: θ̃: "init" (the parameters as they are now), "zero", "random" (a fresh initialisation), a flat
             tensor in `layout`'s order, or a state_dict.
@@ -89,6 +90,7 @@ class Replicas(FlatCopies):
     _loaded: list[tuple[int, int, Tensor]]
     accepts_loss_kwargs = False  # for transformers' Trainer, which else takes forward's **kwargs for a yes
 
+    @torch.inference_mode(False)  # whose tensors could not be trained
     def __init__(
         self,
         model: nn.Module,
@@ -104,8 +106,8 @@ class Replicas(FlatCopies):
         anchor_format: str = "full",
     ):
         like, compute_dtype = check_model(model, compute_dtype, master_format)
-        if anchor_format not in ("full", "bfloat16"):
-            raise ValueError(f"anchor_format must be 'full' or 'bfloat16', got {shown(anchor_format)}")
+        anchor_format = choice("anchor_format", anchor_format, "full", "bfloat16")
+        choice("communicate", communicate, *WIRE)
         if anchor_format == "bfloat16" and like.dtype != torch.float32:
             raise ValueError(f"anchor_format='bfloat16' needs parameters of float32, got {like.dtype}")
         if group is not None and (master_format, anchor_format) != ("full", "full"):
@@ -119,7 +121,7 @@ class Replicas(FlatCopies):
         if factory is not None and not callable(factory):
             raise TypeError(f"factory must be a function that returns a module, got {shown(factory)}")
         layout = Layout.of(model)
-        partition = Partition.make(model, partition, copies).to(like.device)
+        partition = Partition.make(model, partition, copies).to(like.device).with_own_seed()
         if partition.blocks > copies:
             raise ValueError(f"partition has {partition.blocks} blocks, but there are {copies} copies")
         partition.check_hashed(copies)
@@ -138,7 +140,7 @@ class Replicas(FlatCopies):
         super().__init__(here, layout, compute_dtype, processes.rank if processes else 0, master_format)
         self.processes = processes
         self._partition = partition
-        self.anchor_format = anchor_format
+        self._anchor_format = anchor_format
         self.register_buffer("anchor", point if point is None or anchor_format == "full" else point.bfloat16())
         self.register_load_state_dict_post_hook(_after_loading)
 
@@ -146,6 +148,11 @@ class Replicas(FlatCopies):
     def partition(self) -> Partition:
         """Each element's label; for another one make new Replicas."""
         return self._partition
+
+    @property
+    def anchor_format(self) -> str:
+        """The anchor's; for another one make new Replicas."""
+        return self._anchor_format
 
     @property
     def count(self) -> int:
@@ -188,6 +195,7 @@ class Replicas(FlatCopies):
                     )
                 )
 
+    @torch.inference_mode(False)
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Replicas":
         kept = self.anchor if self.anchor_format != "full" else None
         if kept is not None:  # goes to another device, but keeps its format
@@ -258,7 +266,9 @@ class Replicas(FlatCopies):
                 leave idle, and all graphs are in memory at once. On the CPU, run as many passes at once as torch has threads,
                 with a thread each (fewer copies share all threads evenly): the same bits as in turn with as many threads for
                 each copy. fn and the hooks are called from several threads, in no order; what draws from torch's own
-                generator there, as nn.Dropout does, gets other numbers each time.
+                generator there, as nn.Dropout does, gets other numbers each time. Where a dispatch or function mode
+                (FlopCounterMode, a default device) or hooks of saved tensors (save_on_cpu) are on, which are a thread's
+                own, the CPU runs the passes in turn.
 
         Returns:
             f(x_j) of each copy, detached and not scaled.
@@ -322,6 +332,7 @@ class Replicas(FlatCopies):
 
     def set_extra_state(self, state: Tensor) -> None:
         """The inverse of `get_extra_state`; `_load_from_state_dict` has checked the digest."""
+        _check_extra("state", state)
         if self.partition.seed is not None:
             self.partition.resample(int(state[1]))
 
@@ -378,7 +389,10 @@ class Replicas(FlatCopies):
                     f"{name!r} must be real and in memory, got {entry.dtype} on {entry.device} in state_dict"
                 )
         extra = state_dict.get(prefix + "_extra_state")
-        if extra is not None and int(extra[0]) != int(self.partition.digest()):
+        if extra is None:
+            return
+        _check_extra("'_extra_state'", extra)
+        if int(extra[0]) != int(self.partition.digest()):
             raise RuntimeError(
                 f"state_dict was saved with another partition than these Replicas' ({self.partition!r}): other labels, names, "
                 "shapes or memory formats"
@@ -399,30 +413,32 @@ class Replicas(FlatCopies):
 
     @torch.no_grad()
     def merge(self, loader: Iterable[Any] | None = None) -> nn.Module:
-        """A new module with the copies' mean, floating-point buffers and frozen parameters too. At L = 0 the copies are
-        equal. With a group all processes must ask, and each gets it.
+        """A new module with the copies' mean, floating-point and complex buffers and frozen parameters too. At L = 0 the
+        copies are equal. With a group all processes must ask, and each gets it.
+
+        The singular vectors of a spectral_norm, whose mean would be none, are found anew where the copies' differ, by power
+        iterations from copy 0's.
 
         Args:
             loader: batches of inputs (or tuples that start with them) over which batch-norm statistics are estimated
                 anew, by torch.optim.swa_utils.update_bn; the mean of two networks has statistics of its own.
+
+        Raises:
+            ValueError: a loader without a batch (an iterator at its end, say); a buffer or frozen parameter that not all
+                copies have, or in other shapes; orthogonal parametrizations with other bases, which have no mean.
         """
         self.settle()
+        trained = set(map(id, chain.from_iterable(self.trained)))
+        found = merging.beside(self.copies, trained, self.processes)
         merged = copied(self.theta)
         mean = self.layout.views(self.mean(self.params))
         names = {id(p): name for name, p in self.theta.named_parameters()}  # pruning and the like rename parameters
         by_name = dict(merged.named_parameters())
         for parameter, view in zip((by_name[names[id(p)]] for p in self.trained[0]), mean, strict=True):
             parameter.data = view.clone()
-        trained = set(map(id, self.trained[0]))
-        for parameter, *frozen in zip(merged.parameters(), *(net.parameters() for net in self.copies), strict=True):
-            if id(frozen[0]) in trained or not parameter.is_floating_point():
-                continue
-            _take_mean(parameter, list(self.processes.gather(frozen[0])) if self.processes else frozen)
-        for buffer, *same in zip(merged.buffers(), *(net.buffers() for net in self.copies), strict=True):
-            if buffer.is_floating_point():
-                _take_mean(buffer, list(self.processes.gather(same[0])) if self.processes else same)
+        merging.take_means(merged, found, self.processes)
         if loader is not None:
-            update_bn(loader, merged, device=self.device)
+            merging.estimate_statistics(merged, loader, self.device)
         return merged
 
     def mean(self, rows: Tensor) -> Tensor:
@@ -435,13 +451,6 @@ class Replicas(FlatCopies):
                 f"batches must be none, one for all copies or one for each of {len(self)}, got {len(batches)}"
             )
         return [(batch,) for batch in batches] if len(batches) > 1 else [batches] * len(self)
-
-
-def _take_mean(merged: Tensor, rows: Sequence[Tensor]) -> None:
-    """Puts the mean of the rows there, unless all are equal: a mask's mean may overflow."""
-    if not all(torch.equal(rows[0], other) for other in rows[1:]):
-        wide = torch.promote_types(rows[0].dtype, torch.half)  # of eight bits there is no sum
-        merged.copy_(torch.stack([row.to(wide) for row in rows]).mean(0))
 
 
 def _one(loss: Any) -> Tensor:
@@ -479,6 +488,13 @@ def _identity(model, partition, like, compute_dtype, anchor, start, communicate)
         "start": start if isinstance(start, str) else type(start).__name__,
         "communicate": communicate,
     }
+
+
+def _check_extra(name: str, state: Any) -> None:
+    """Refuses what is no digest with a seed: floating-point numbers would be others, if whole at all."""
+    if not isinstance(state, Tensor) or state.dtype != torch.int64 or state.shape != (2,):
+        got = f"{state.dtype} {tuple(state.shape)}" if isinstance(state, Tensor) else shown(state)
+        raise RuntimeError(f"{name} must be int64 of shape (2,), a partition's digest and seed, got {got}")
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""Schedules of the homotopy parameter L: functions of the epoch, joined by `+`; and what sets them. Imports checks.py only.
+"""Schedules of the homotopy parameter L: functions of the epoch, joined by `+`; and what sets them. Imports
+checks.py, couplings.py and proposals.py.
 
 L = decoupled(2) + linear(0.01, 0.005, step=0.001, epochs_per_value=4) + merged()
 L(0)      # inf
@@ -6,10 +7,11 @@ L.epochs  # 27
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
+from . import couplings, proposals
 from .checks import number, shown, whole
 
 
@@ -95,12 +97,23 @@ class CouplingScheduler:
     def _go_to(self, epoch: int) -> None:
         groups, values = self.optimizer.param_groups, self._values(epoch)
         for name in values:  # the coupling may be another one by now
-            if any("coupling" not in group or name not in group for group in groups):
+            if any(name not in _coupling_settings(group) for group in groups):
                 coupling = next((group["coupling"] for group in groups if "coupling" in group), "none")
                 raise ValueError(f"{name} must be a setting of the optimizer's coupling, which is {coupling}")
         self.epoch = epoch
         for group in groups:
             group.update(values)
+
+
+def _coupling_settings(group: Mapping[str, Any]) -> set[str]:
+    """The names of a group's settings that are its coupling's; of one that is not ours, all but the proposals' and torch's."""
+    if "coupling" not in group:
+        return set()
+    of = couplings.BY_NAME.get(group["coupling"])
+    if of is not None:
+        return {f.name for f in fields(of)} & group.keys()
+    others = {f.name for proposal in proposals.BY_NAME.values() for f in fields(proposal)}
+    return group.keys() - others - {"params", "coupling", "steps", "dampening", "initial_lr"}
 
 
 def constant(L: float, epochs: int = 1) -> Schedule:
@@ -128,8 +141,11 @@ def geometric(start: float, stop: float, factor: float, epochs_per_value: int = 
         raise ValueError(f"start and stop must satisfy ∞ > start ≥ stop > 0, got {start} and {stop}")
     if not 0 < factor < 1:
         raise ValueError(f"factor must be between 0 and 1, got {factor}")
-    count = math.floor(math.log(stop / start) / math.log(factor) + 1e-9) + 1
-    return _held([start * factor**i for i in range(count)], epochs_per_value)
+    first, down = math.log(start), math.log(factor)
+    count = math.floor((math.log(stop) - first) / down + 1e-9) + 1
+    # factor**i may underflow where start·factor**i does not.
+    values = [start * factor**i if i * down > -700 else math.exp(first + i * down) for i in range(count)]
+    return _held(values, epochs_per_value)
 
 
 def decoupled(epochs: int) -> Schedule:

@@ -18,16 +18,28 @@ if hasattr(os, "register_at_fork"):
 
 def side_by_side(calls: list[Callable[[], T]]) -> list[T]:
     """What the calls return. As many as torch has threads go at once, with a thread each; what is left over shares all threads
-    evenly. So each call's number of threads, on which its bits depend, follows from theirs and torch's.
+    evenly. So each call's number of threads, on which its bits depend, follows from theirs and torch's. Under what torch keeps
+    for the caller's thread alone (a dispatch or function mode, such as FlopCounterMode or a default device; hooks of saved
+    tensors; inference mode) they go in turn.
 
     Grad mode and autocast are the caller's. All calls have ended when the first error, in their order, is raised.
     """
     threads = torch.get_num_threads()
     left = len(calls) % threads
     first = len(calls) - left
-    if threads == 1 or len(calls) == 1:
+    if threads == 1 or len(calls) == 1 or _has_modes():
         return [call() for call in calls]
     return _at_once(calls[:first], threads, 1) + _at_once(calls[first:], left, threads // max(left, 1))
+
+
+def _has_modes() -> bool:
+    """Whether something is on that workers would not have."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._top_saved_tensors_default_hooks(True)
+        or torch.is_inference_mode_enabled()
+    )
 
 
 def _at_once(calls: list[Callable[[], T]], workers: int, threads: int) -> list[T]:

@@ -5,6 +5,7 @@ Owns the buffers' meaning, and no arithmetic. Imports checks.py, couplings.py, g
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from itertools import chain
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from . import couplings
-from .checks import number, shown
+from .checks import number, plain, shown
 from .couplings import Coupling, Parle
-from .groups import coupling_settings, settings_of
+from .groups import settings_of
 from .kernels.formats import SCALED, packed, unpack
 from .proposals import SGD, Proposal
 from .replicas import Replicas
@@ -104,11 +105,12 @@ class FlatState(torch.optim.Optimizer):
         how many `steps` were done."""
         for group in self.param_groups:
             group["steps"] = self.steps
-        if not self._scales:
-            return super().state_dict()
-        self._take_edits()
+        if self._scales:
+            self._take_edits()
 
         def fill(optimizer: Any, state: dict[str, Any]) -> None:  # before the user's own hooks have their say
+            for group in state["param_groups"]:  # where schedulers may have put NumPy's numbers
+                group |= {name: plain(value) for name, value in group.items() if name != "params"}
             numbers = {
                 id(p): key
                 for group, saved in zip(self.param_groups, state["param_groups"], strict=True)
@@ -176,7 +178,7 @@ class FlatState(torch.optim.Optimizer):
         defaults = {k: v for k, v in one.param_groups[0].items() if k != "params"}
         for group in self.param_groups:
             indices = self._indices(group)
-            settings = {k: v for k, v in group.items() if k in {*defaults, "initial_lr"}}
+            settings = {k: plain(v) for k, v in group.items() if k in {*defaults, "initial_lr"}}
             groups.append({**defaults, **settings, "params": list(range(count, count + len(indices)))})
             for i in indices:
                 state[count] = {
@@ -233,7 +235,7 @@ class FlatState(torch.optim.Optimizer):
                 views[name][i].zero_() if buffer is None else views[name][i].copy_(buffer)
         for name in values.keys() & self._scales.keys():
             self._write(name, values[name])
-        self._set_steps(steps.pop() if steps else self.steps)
+        self._set_steps(_exactly(steps.pop(), self.steps) if steps else self.steps)
 
     def _row(self, copy: int | str, *more: str) -> int | None:
         """A copy's row; None for "mean"."""
@@ -275,20 +277,25 @@ class FlatState(torch.optim.Optimizer):
         """A state_dict's group with what it lacks of its coupling: torch's own has none. That stays as it was, else is
         the default."""
         name = group.get("coupling", kept["coupling"])
-        if name not in couplings.BY_NAME:
-            raise ValueError(f"state_dict's coupling must be one of {', '.join(couplings.BY_NAME)}, got {shown(name)}")
-        of = couplings.BY_NAME[name]
-        settings = coupling_settings(of())
+        of = fields(self._coupling_named(name))
+        settings = {f.name: f.default for f in of if f.default is not MISSING}
         if name == kept["coupling"]:
-            settings = {key: kept.get(key, value) for key, value in settings.items()}
-        return {**settings, **group}
+            settings |= {f.name: kept[f.name] for f in of if f.name in kept}
+        return {"coupling": name, **settings, **group}
+
+    def _coupling_named(self, name: Any) -> type[Coupling]:
+        """The coupling that a state_dict names: this optimizer's own, which may be anyone's, or one of ours."""
+        known = {**couplings.BY_NAME, self._coupling_class.__name__: self._coupling_class}
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"state_dict's coupling must be one of {', '.join(known)}, got {shown(name)}")
+        return known[name]
 
     def _check_entries(
         self, name: str, entries: Mapping[Any, Mapping[str, Any]], coupling: str | None = None
     ) -> int | None:
         """Refuses state that is not of the parameters' shapes, and returns what it says of AdamW's steps, if anything.
         coupling: another one's name than that of now."""
-        more = couplings.BY_NAME[coupling].buffers if coupling else self._coupling_class.buffers
+        more = (self._coupling_named(coupling) if coupling else self._coupling_class).buffers
         steps, layout = set(), self.replicas.layout
         for row, parameters in enumerate(self.replicas.trained):
             for i, parameter in enumerate(parameters):
@@ -350,13 +357,13 @@ class FlatState(torch.optim.Optimizer):
 
     def _take_state(self, state_dict: dict[str, Any]) -> None:
         """Brings what a state_dict holds (itself: torch has cast its copies to the parameters' dtype) into the buffers."""
-        self._coupling_class = couplings.BY_NAME[self.param_groups[0]["coupling"]]
+        self._coupling_class = self._coupling_named(self.param_groups[0]["coupling"])
         clock = max((int(group.pop("steps")) for group in self.param_groups if "steps" in group), default=0)
         self._make_buffers()
         entries = self._by_parameter(state_dict)
         steps = self._check_entries("state_dict", entries)
         self._take_entries(entries, shown=False)
-        self._set_steps(clock if steps is None else steps)
+        self._set_steps(clock if steps is None else _exactly(steps, clock))
 
     def _by_parameter(self, state_dict: Mapping[str, Any]) -> dict[Any, Mapping[str, Any]]:
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -373,6 +380,7 @@ class FlatState(torch.optim.Optimizer):
         if edited:
             done = self.steps  # which shows them in `state`, where a plan counts them on the device
             steps = self._check_entries("state", self.state)
+            steps = steps and _exactly(steps, done)
             if self._planned is not None and not isinstance(self.proposal, SGD) and steps != done:
                 raise RuntimeError("state's step must not change between planned steps; plan again")
             self._take_entries(self.state, shown=True)
@@ -418,6 +426,12 @@ def steps_of(name: str, value: Any) -> int:
     if steps >= 2**53:
         raise ValueError(f"{name} must be below 2^53, got {steps:g}")
     return int(steps)
+
+
+def _exactly(shown: int, clock: int) -> int:
+    """A number of steps of which `state` shows what float32 holds, every whole number up to 2^24 and ever fewer beyond: the
+    clock's, unless another one was put there."""
+    return clock if torch.tensor(clock, dtype=torch.float32, device="cpu").item() == shown else shown
 
 
 def _check_whole(what: str, entry: Mapping[str, Any], names: Sequence[str]) -> None:

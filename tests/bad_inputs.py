@@ -502,7 +502,7 @@ for what, value in {"a string": "net", "None": None, "a number": 3, "a class": n
     case("partitions", f"layer_blocks of {what}", lambda v=value: Partition.layer_blocks(v))
     case("partitions", f"random of {what}", lambda v=value: Partition.random(v))
     case("replicas", f"of {what}", lambda v=value: hta.Replicas(v))
-for maker in ("conv_blocks", "layer_blocks", "random", "hashed"):
+for maker in ("conv_blocks", "layer_blocks", "random", "hashed", "none", "auto"):
     for value in (0, -1, 256, 1.5, "2", None, True):
         case(
             "partitions", f"{maker}: blocks {value!r}", lambda k=maker, v=value: getattr(Partition, k)(Net(), blocks=v)
@@ -547,6 +547,9 @@ for value in (3, None, True, "nope", ["init"], {}, {"gain": torch.ones(2)}, {"co
     case("replicas", f"anchor {value!r}", lambda v=value: hta.Replicas(Net(), anchor=v))
 for value in (3, None, True, "nope", [], [3], ["copy"], [nn.Linear(1, 1)], [Net(torch.float64)]):
     case("replicas", f"start {str(value)[:40].splitlines()[0]!r}", lambda v=value: hta.Replicas(Net(), start=v))
+for name in ("communicate", "master_format", "anchor_format"):
+    for value in ("pigeon", "", None, 3, [], ["full"], {}):
+        case("replicas", f"{name} {value!r}", lambda n=name, v=value: hta.Replicas(Net(), **{n: v}))
 for value in ("bfloat16", 16, torch.float64, torch.complex64, torch.float8_e4m3fn, torch.int8):
     case("replicas", f"compute_dtype {value!r}", lambda v=value: hta.Replicas(Net(), compute_dtype=v))
 
@@ -652,6 +655,12 @@ for value in ("Homotopy", None, 0.1, hta.Homotopy, hta.SGD(0.1)):
         "optimizers",
         f"coupling {value!r}"[:60],
         lambda v=value: hta.CoupledOptimizer(hta.Replicas(Net()), hta.SGD(0.1), v),
+    )
+for value in ("4bit", None, 3, [], ["full"], {}):
+    case(
+        "optimizers",
+        f"state_format {value!r}",
+        lambda v=value: hta.HomotopySGD(hta.Replicas(Net()), 0.1, state_format=v),
     )
 for option in ("skip_nonfinite", "capturable"):
     for value in ("yes", None, 1):

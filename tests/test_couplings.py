@@ -895,6 +895,37 @@ def test_a_learning_rate_of_zero_on_the_way_changes_nothing():
     assert torch.equal(copies, before)
 
 
+@pytest.mark.parametrize("proposal", [hta.SGD, hta.AdamW])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("lr", [0.0, 1e-21, 1e-300, 5e-324])
+def test_an_explicit_pull_without_a_step_to_make_it_leaves_the_centre_too(proposal, every, lr):
+    task = Task(2)
+    optimizer = task.optimizer(proposal(lr), hta.Elastic(0.1, "explicit", every=every))
+    optimizer.replicas.float()
+    before = optimizer.replicas.params.clone(), optimizer.replicas.anchor.clone()
+    for _ in range(2):
+        optimizer.step()
+    torch.testing.assert_close((optimizer.replicas.params, optimizer.replicas.anchor), before, rtol=1e-6, atol=1e-6)
+    assert optimizer.stats.distance > 0
+    optimizer.param_groups[0]["lr"] = 1e-6
+    for _ in range(2):
+        optimizer.step()
+    assert not torch.allclose(optimizer.replicas.anchor, before[1])
+    if proposal is hta.SGD:
+        assert not torch.allclose(optimizer.replicas.params, before[0])
+
+
+@pytest.mark.parametrize("coupling", [hta.Homotopy(0.1), hta.Explicit(1.0), hta.Toward(0.1), hta.Toward(0.1, "explicit"),
+                                      hta.Average(0.1, every=100), hta.Parle(every=100)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("lr", [0.0, 1e-21, 5e-324])
+def test_pulls_by_the_step_size_vanish_with_it(coupling, lr):
+    optimizer = Task(2).optimizer(hta.SGD(lr), coupling)
+    optimizer.replicas.float()
+    before = optimizer.replicas.params.clone(), optimizer.replicas.anchor.clone()
+    optimizer.step()
+    torch.testing.assert_close((optimizer.replicas.params, optimizer.replicas.anchor), before, rtol=1e-6, atol=1e-6)
+
+
 def test_a_period_is_a_whole_number_of_any_kind():
     assert type(hta.Lookahead(every=np.int64(5)).every) is int
     for wrong in (np.float64(5), True, 0, 2.0, 10**400, "5"):

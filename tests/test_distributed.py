@@ -193,7 +193,15 @@ def differing(rank, size, what):
         replicas.partition.resample(rank)
     if what == "frozen, later":
         (replicas.theta.fc if rank else replicas.theta.conv).requires_grad_(False)
-    optimizer.step()
+    if what == "merge, later":
+        if rank:
+            replicas.theta.register_buffer("extra", torch.ones(2))
+        return replicas.merge()
+    steps = optimizer.steps
+    try:
+        optimizer.step()
+    finally:
+        assert optimizer.steps == steps  # none was made
 
 
 NAMES = {
@@ -211,6 +219,7 @@ NAMES = {
     "steps, later": "lr, L and all other settings",
     "seed, later": "the partition's seed",
     "frozen, later": "what is frozen",
+    "merge, later": "buffer 'extra'",
 } | {name: name for name in ("anchor", "start", "communicate", "compute_dtype")}
 
 

@@ -381,6 +381,11 @@ def test_an_average_in_bfloat16_follows_through_steps_below_its_last_place():
         ),
         ({"anchor_format": "float8"}, "anchor_format must be 'full' or 'bfloat16', got 'float8'"),
         ({"state_format": "4bit"}, "state_format must be 'full', 'bfloat16', '8bit', got '4bit'"),
+        ({"master_format": []}, "master_format must be 'full' or 'split', got a list"),
+        ({"anchor_format": {}}, "anchor_format must be 'full' or 'bfloat16', got a dict"),
+        ({"state_format": []}, "state_format must be 'full', 'bfloat16', '8bit', got a list"),
+        ({"communicate": []}, "communicate must be 'float32' or 'bfloat16', got a list"),
+        ({"communicate": "pigeon"}, "communicate must be 'float32' or 'bfloat16', got 'pigeon'"),
     ],
 )
 def test_formats_that_do_not_exist_are_refused(options, message):

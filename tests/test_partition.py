@@ -129,6 +129,7 @@ def test_a_layout_keeps_memory_formats_and_aligns_parameters():
         (lambda: Partition.conv_halves(nn.Linear(2, 2)), ValueError, "found no convolution"),
         (lambda: Partition.layer_halves(nn.Conv2d(2, 2, 1)), ValueError, "found no fully connected layer"),
         (lambda: Partition.random(small(), p=1.5), ValueError, "p must be a probability, got 1.5"),
+        (lambda: Partition.none(small(), "head"), ValueError, "part must be one of conv, classifier"),
         (lambda: Partition.random(small(), by="row"), ValueError, "by must be 'element' or 'unit', got 'row'"),
         (lambda: Partition.random(small(), "head"), ValueError, "part must be one of conv, classifier"),
         (lambda: Partition.own(small(), {"9.weight": 1}), ValueError, "'9.weight', which is no trainable parameter"),

@@ -1,12 +1,13 @@
 """Replicas: two networks over one buffer, and still ordinary modules."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 import hta_fused as hta
 
@@ -163,6 +164,190 @@ def test_merge_estimates_batch_norm_statistics_anew():
     merged = replicas.merge(inputs)
     activations = torch.cat([merged[0](x) for x in inputs])
     assert torch.allclose(merged[1].running_mean, activations.mean((0, 2, 3)), atol=1e-4)
+
+
+@pytest.mark.parametrize("loader", [iter([]), [], torch.utils.data.DataLoader([])])
+def test_merge_refuses_a_loader_without_a_batch(loader):
+    replicas = hta.Replicas(conv_net())
+    with pytest.raises(ValueError, match="loader must give at least one batch, got none"):
+        replicas.merge(loader)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize("signs", [1, -1])  # of singular vectors, whose mean may be 0
+def test_merging_finds_spectral_norms_anew(norm, signs):
+    nets = [nn.Sequential(norm(nn.Linear(6, 5)), nn.Tanh(), norm(nn.ConvTranspose1d(2, 3, 3))).eval() for _ in range(2)]
+    for buffer in nets[1].buffers():
+        buffer.mul_(signs)
+    replicas = hta.Replicas(nets[0], 2, {}, start=nets[1:])
+    merged = replicas.merge()
+    assert not any(module.training for module in merged.modules())
+    for hook in merged[0]._forward_pre_hooks.values():  # of the former one, which makes the weight
+        hook(merged[0], None)
+    for layer, dim in ((merged[0], 0), (merged[2], 1)):
+        matrix = layer.weight.detach().transpose(0, dim).flatten(1)
+        assert torch.linalg.matrix_norm(matrix, 2) == pytest.approx(1.0, abs=0.05)
+    for vector in merged.buffers():
+        assert vector.norm() == pytest.approx(1.0, rel=1e-5)
+    alone = hta.Replicas(norm(nn.Linear(6, 5)), 1, {})
+    for was, now in zip(alone.theta.buffers(), alone.merge().buffers(), strict=True):
+        assert torch.equal(was, now)
+
+
+def test_merging_refuses_orthogonal_bases_that_differ():
+    nets = [nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4))) for _ in range(2)]
+    replicas = hta.Replicas(nets[0], 2, {}, start=nets[1:])
+    with pytest.raises(
+        ValueError, match=r"buffer '0\.parametrizations\.weight\.0\.base' must be the same in all copies"
+    ):
+        replicas.merge()
+    weight = hta.Replicas(nets[0], 2, {}).merge()[0].weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(4), atol=1e-5, rtol=0)
+
+
+class Complex(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 2)
+        self.register_buffer("phase", torch.ones(3, dtype=torch.complex64))
+        self.register_buffer("small", torch.ones(3, dtype=torch.complex32))
+        self.spectrum = nn.Parameter(torch.ones(3, dtype=torch.complex128), requires_grad=False)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_merging_takes_the_mean_of_complex_numbers_too():
+    replicas = hta.Replicas(Complex(), 2, {})
+    for name in ("phase", "small", "spectrum"):
+        getattr(replicas.eta, name).data = torch.full_like(getattr(replicas.eta, name), 3j)
+    merged = replicas.merge()
+    for name in ("phase", "small", "spectrum"):
+        assert getattr(merged, name).tolist() == [0.5 + 1.5j] * 3
+
+
+ALONE = {
+    "buffer": lambda net: net.register_buffer("extra", torch.ones(2)),
+    "complex buffer": lambda net: net.register_buffer("extra", torch.ones(2, dtype=torch.complex64)),
+    "parameter": lambda net: net.register_parameter("extra", nn.Parameter(torch.ones(2), False)),
+}
+
+
+@pytest.mark.parametrize("what", ALONE)
+@pytest.mark.parametrize("row", [0, 1])
+def test_merging_names_what_one_copy_alone_has(what, row):
+    replicas = hta.Replicas(conv_net())
+    ALONE[what](replicas.copies[row])
+    got = r"\(2,\) in copy 0, None in copy 1" if row == 0 else r"None in copy 0, \(2,\) in copy 1"
+    message = f"{what.split()[-1]} 'extra' must be the same in all copies, got {got}"
+    with pytest.raises(ValueError, match=message):
+        replicas.merge()
+    ALONE[what](replicas.copies[1 - row])
+    assert torch.equal(replicas.merge().extra, replicas.theta.extra)
+    replicas.eta.extra.data = torch.ones(3)
+    with pytest.raises(ValueError, match=r"got \(2,\) in copy 0, \(3,\) in copy 1"):
+        replicas.merge()
+
+
+def test_buffers_in_another_order_are_merged_by_name():
+    replicas = hta.Replicas(nn.Linear(2, 2), 2, {})
+    for net, names in zip(replicas, ("ab", "ba"), strict=True):
+        for name in names:
+            net.register_buffer(name, torch.full((2,), float(ord(name))))
+    merged = replicas.merge()
+    assert (merged.a[0], merged.b[0]) == (ord("a"), ord("b"))
+
+
+def test_replicas_of_one_hashed_partition_draw_each_their_own():
+    net = conv_net()
+    partition = hta.Partition.hashed(net, seed=3)
+    one, other = hta.Replicas(copy.deepcopy(net), 2, partition), hta.Replicas(net, 2, partition)
+    state = one.state_dict()
+    one.partition.resample()
+    other.partition.resample(77)
+    assert [int(of.seed) for of in (partition, one.partition, other.partition)] == [3, 4, 77]
+    other.load_state_dict(one.state_dict() | state)
+    assert [int(of.seed) for of in (partition, one.partition, other.partition)] == [3, 4, 3]
+
+
+@pytest.mark.parametrize("state", [torch.full((2,), torch.nan), torch.ones(2), torch.ones(3).long(), [1, 2], None])
+def test_a_state_that_is_no_digest_is_refused(state):
+    replicas = hta.Replicas(conv_net(), 2, "hashed")
+    saved = copy.deepcopy(replicas.state_dict())
+    before = replicas.partition.flat()
+    with pytest.raises(RuntimeError, match=r"^state must be int64 of shape \(2,\)"):
+        replicas.set_extra_state(state)
+    if state is not None:
+        with pytest.raises(RuntimeError, match=r"'_extra_state'"):
+            replicas.load_state_dict({**saved, "_extra_state": state})
+    assert torch.equal(replicas.partition.flat(), before)
+
+
+class Sparse(nn.Module):
+    def __init__(self, layout):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.weight = nn.Parameter(torch.eye(3).to_sparse(layout=layout))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize(
+    "make", [lambda net: hta.Replicas(net, 1), hta.Layout.of, hta.Partition.auto, hta.Partition.none]
+)
+def test_a_sparse_parameter_is_named(layout, make):
+    with pytest.raises(TypeError, match=f"model's parameter 'weight' must be dense, got one of {layout}"):
+        make(Sparse(layout))
+    frozen = Sparse(layout)
+    frozen.weight.requires_grad_(False)
+    make(frozen)
+
+
+# ----------------------------------------------------------------------------------------------------- inference mode
+
+MADE: dict[str, Callable] = {
+    "a coupling": lambda o: setattr(o, "coupling", hta.Parle(every=2)),
+    "a state": lambda o: o.load_state_dict(copy.deepcopy(o.state_dict())),
+    "a coupling and a state": lambda o: (MADE["a coupling"](o), MADE["a state"](o)),
+    "torch's state": lambda o: o.load_torch_state_dict(0, o.torch_state_dict(0)),
+    "a plan": lambda o: o.plan([0.1] * 3),
+    "another dtype": lambda o: o.replicas.double(),
+    "a step in another dtype": lambda o: (o.replicas.double(), o.step()),
+    "a step with something frozen": lambda o: ([n[0].bias.requires_grad_(False) for n in o.replicas], o.step()),
+    "cleared state": lambda o: (o.state.clear(), o.step()),
+    "another parameter": lambda o: (
+        setattr(o.replicas.theta[0], "bias", nn.Parameter(torch.ones(4))),
+        o.replicas.rebind(),
+    ),
+}
+
+
+@pytest.mark.parametrize("proposal", [hta.SGD(0.1, 0.9), hta.AdamW(0.1)])
+@pytest.mark.parametrize("what", MADE)
+def test_what_is_made_in_inference_mode_trains(what, proposal):
+    replicas = hta.Replicas(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), 2, {})
+    optimizer = hta.CoupledOptimizer(replicas, proposal, hta.EMA())
+    with torch.inference_mode():
+        MADE[what](optimizer)
+    trains(optimizer)
+
+
+def trains(optimizer):
+    replicas = optimizer.replicas
+    for _ in range(2):
+        optimizer.zero_grad()
+        replicas.backward(lambda net: net(torch.randn(5, 3, dtype=replicas.dtype)).square().sum())
+        before = replicas.params.clone()
+        optimizer.step()
+        assert not torch.equal(before, replicas.params)
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_replicas_and_optimizers_made_in_inference_mode_train():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with torch.inference_mode():
+        optimizer = hta.HomotopySGD(hta.Replicas(model, 3, {}, anchor="random"), 0.1, 0.9)
+        made_there = nn.Linear(3, 3)
+    trains(optimizer)
+    with pytest.raises(TypeError, match="parameter 'weight' of copy 0 must be one that can train, got one made under"):
+        hta.Replicas(made_there)
 
 
 def test_anchors():

@@ -1,7 +1,9 @@
 """What is changed between steps: settings of groups, plans, what is loaded, copied or moved. Nothing of it is lost silently."""
 
 import copy
+import io
 import pickle
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -108,8 +110,137 @@ def test_betas_edited_in_place_count():
 def test_numpys_numbers_are_pythons(kind):
     value = kind(0.25 if kind is not np.int64 else 1)
     adam, sgd = hta.AdamW(value, weight_decay=value), hta.SGD(value, weight_decay=value)
-    assert {type(x) for x in (adam.lr, adam.weight_decay, sgd.lr, sgd.weight_decay)} <= {float, np.float64}
+    couplings = hta.Homotopy(value), hta.Explicit(value)
+    numbers = (adam.lr, adam.weight_decay, sgd.lr, sgd.weight_decay, *(coupling.L for coupling in couplings))
+    assert {type(x) for x in numbers} == {float}
     assert adam.numbers(1) == hta.AdamW(float(value), weight_decay=float(value)).numbers(1)
+
+
+@pytest.mark.parametrize("proposal", [hta.SGD(0.1, 0.9), hta.AdamW(0.1)])
+@pytest.mark.parametrize("state_format", ["full", "8bit"])
+def test_state_dicts_hold_no_numbers_of_numpys(proposal, state_format):
+    coupling = hta.Elastic(np.float64(0.1), np.str_("implicit"), every=np.int64(2))
+    optimizer = optimizer_of(coupling, proposal, [{"params": ["bias"], "weight_decay": np.float64(0.01)}],
+                             state_format=np.str_(state_format))  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.geomspace(1, 0.1, 3)[min(epoch, 2)])
+    if isinstance(proposal, hta.AdamW):
+        optimizer.param_groups[0]["betas"] = (np.float64(0.9), np.float32(0.5))
+    step(optimizer)
+    schedule.step()
+    assert type(optimizer.param_groups[0]["lr"]) is np.float64
+    for state in (optimizer.state_dict(), optimizer.torch_state_dict(0)):
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)
+        assert loaded["param_groups"] == state["param_groups"]
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.coupling = hta.Homotopy(1.0)
+    for value in (np.geomspace(1, 0.1, 3)[1], np.float32(0.5), 1, torch.tensor(0.5)):
+        optimizer.L = value
+        assert type(optimizer.L) is float
+        assert float(value) == optimizer.L
+
+
+def test_betas_in_tensors_that_are_filled_count():
+    edited, made = (optimizer_of(proposal=hta.AdamW(0.1, betas)) for betas in ((0.9, 0.5), (0.1, 0.5)))
+    first = torch.tensor(0.9, dtype=torch.float64)
+    edited.param_groups[0]["betas"] = (first, torch.tensor(0.5))
+    edited.refresh()
+    first.fill_(0.1)
+    for number in range(3):
+        for optimizer in (edited, made):
+            step(optimizer, 1.0 - number)
+    assert torch.equal(edited.replicas.params, made.replicas.params)
+    edited.plan([0.1] * 2)
+    first.fill_(0.2)
+    with pytest.raises(RuntimeError, match="must not change between planned steps"):
+        step(edited)
+
+
+@pytest.mark.parametrize(("of", "name", "value"), [("optimizer", "state_format", "8bit"),
+                         ("replicas", "master_format", "split"), ("replicas", "anchor_format", "bfloat16"),
+                         ("replicas", "compute_dtype", torch.bfloat16), ("replicas", "partition", None),
+                         ("optimizer", "proposal", None), ("optimizer", "replicas", None)])  # fmt: skip
+def test_what_is_settled_when_made_cannot_be_assigned(of, name, value):
+    optimizer = optimizer_of()
+    owner = optimizer if of == "optimizer" else optimizer.replicas
+    was = getattr(owner, name)
+    with pytest.raises(AttributeError):
+        setattr(owner, name, value)
+    assert getattr(copy.deepcopy(owner), name) == was or value is None
+
+
+def test_values_at_takes_settings_only():
+    optimizer = optimizer_of(hta.Elastic(0.1, every=2))
+    assert not torch.equal(optimizer.values_at(lr=9.0, alpha=0.2), optimizer.values_at())
+    for name in ("lR", "nonsense", "L", "betas", "params", "steps"):
+        with pytest.raises(ValueError, match=f"changed must name settings, lr, .*, every.*, got '{name}'"):
+            optimizer.values_at(lr=0.1, **{name: 1.0})
+
+
+@dataclass(frozen=True)
+class Steady(hta.couplings.Coupling):
+    """Of one's own, with a setting that has no default."""
+
+    strength: float
+    mode: str = "implicit"
+
+    def _rules(self, copies, step_size):
+        return hta.Toward(self.strength, self.mode)._rules(copies, step_size)
+
+
+class EMA(hta.Toward):
+    """Of one's own, with the name of one of ours."""
+
+
+@pytest.mark.parametrize("coupling", [Steady(0.5, every=2), EMA(0.5, "explicit")])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_coupling_of_ones_own_is_copied_and_loaded(coupling, copied):
+    optimizer, other = (optimizer_of(coupling, hta.AdamW(0.1)) for _ in range(2))
+    for number in range(3):
+        step(optimizer, 1.0 - number)
+    twin = copied(optimizer)
+    other.param_groups[0]["strength"] = 0.0
+    other.load_state_dict(optimizer.state_dict())
+    other.replicas.load_state_dict(optimizer.replicas.state_dict())
+    bare = copy.deepcopy(optimizer.state_dict())
+    for group in bare["param_groups"]:
+        for name in ("coupling", "strength", "mode", "every"):
+            del group[name]
+    other.load_state_dict(bare)  # as torch's own
+    for each in (optimizer, twin, other):
+        step(each, 0.5)
+        assert each.coupling == coupling
+        assert torch.equal(each.replicas.params, optimizer.replicas.params)
+    stranger = optimizer_of()
+    state = optimizer.state_dict()
+    state["param_groups"][0]["coupling"] = "Steady"
+    with pytest.raises(ValueError, match="state_dict's coupling must be one of Homotopy, .*, got 'Steady'"):
+        stranger.load_state_dict(state)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_an_assignment_that_raises_changes_nothing(capturable):
+    optimizer = optimizer_of(hta.Explicit(1.0), capturable=capturable)
+    step(optimizer)
+    before = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    for coupling in (
+        hta.Explicit(1e-38),
+        hta.Explicit(1e-38, every=5),
+        hta.Toward(1e300, "explicit"),
+        hta.Elastic(0.6),
+    ):
+        with pytest.raises(ValueError, match="must (give numbers of at most|be at most 1/copies)"):
+            optimizer.coupling = coupling
+    for L in (1e-38, 0.0) if capturable else (0.0,):
+        with pytest.raises(ValueError, match="must (give numbers of at most|be positive)"):
+            optimizer.L = L
+    assert optimizer.state_dict()["param_groups"] == before
+    step(optimizer)
+    for coupling in (hta.Explicit(1e-38), hta.Explicit(1e-38, every=5)):
+        with pytest.raises(ValueError, match="must give numbers of at most"):
+            optimizer_of(coupling)
 
 
 @pytest.mark.parametrize("state_format", ["full", "bfloat16", "8bit"])
@@ -194,6 +325,74 @@ def test_what_is_changed_between_planned_steps_is_refused(what):
         step(optimizer)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_plan_that_raises_leaves_the_one_in_force(frozen):
+    planned, other = (optimizer_of(hta.Homotopy(10.0)) for _ in range(2))
+    for optimizer in (planned, other):
+        optimizer.plan([0.1, 0.2, 0.3])
+        step(optimizer)
+    for lrs in ([0.1, 1e308], [-1.0], []):
+        with pytest.raises(ValueError, match="lr"):
+            planned.plan(lrs)
+    planned.param_groups[0]["momentum"] = 2.0
+    with pytest.raises(ValueError, match="momentum"):
+        planned.plan([0.1])
+    planned.param_groups[0]["momentum"] = 0.0
+    for optimizer in (planned, other):
+        step(optimizer)
+    assert planned.steps == 2
+    assert torch.equal(planned.replicas.params, other.replicas.params)
+    if frozen:
+        for net in planned.replicas:
+            net.bias.requires_grad_(False)
+        with pytest.raises(ValueError, match="lr=1e\\+308"):
+            planned.plan([1e308])
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="between planned steps; plan again"):
+                step(planned)
+        planned.plan([0.1])
+        copied = copy.deepcopy(planned)
+        for optimizer in (planned, copied):
+            step(optimizer)
+        assert torch.equal(planned.replicas.params, copied.replicas.params)
+
+
+def test_a_plan_that_follows_a_move_has_its_digits():
+    planned, other = (optimizer_of(hta.Homotopy(10.0)) for _ in range(2))
+    planned.plan([0.1])
+    for optimizer in (planned, other):
+        optimizer.replicas.double()
+    planned.plan([0.1])
+    for optimizer in (planned, other):
+        step(optimizer)
+    assert torch.equal(planned.replicas.params, other.replicas.params)
+
+
+@pytest.mark.parametrize(
+    ("coupling", "planned"), [(hta.Homotopy(1.0), False), (hta.Homotopy(1.0), True), (hta.Parle(every=2), False)]
+)
+def test_a_step_that_no_backend_serves_is_not_counted(coupling, planned):
+    replicas = hta.Replicas(nn.Linear(4, 4).half(), 2, {})
+    optimizer = hta.CoupledOptimizer(replicas, hta.AdamW(0.1), coupling)
+    twin = copy.deepcopy(optimizer)
+    if planned:
+        for each in (optimizer, twin):
+            each.plan([0.1, 0.2])
+    hta.use_backend("cpu")
+    try:
+        for _ in range(2):
+            with pytest.raises(TypeError, match="backend 'cpu' cannot serve"):
+                step(optimizer)
+    finally:
+        hta.use_backend(None)
+    assert optimizer.steps == 0
+    for _ in range(2):
+        for each in (optimizer, twin):
+            step(each)
+    assert optimizer.steps == 2
+    assert torch.equal(replicas.params, twin.replicas.params)
+
+
 def test_a_plan_ends_with_a_word():
     optimizer = optimizer_of()
     optimizer.plan([0.1])
@@ -244,6 +443,34 @@ def test_a_state_dict_of_impossible_steps_of_parameters_changes_nothing():
     with pytest.raises(ValueError, match=r"state_dict's step must be below 2\^53, got 1e\+30"):
         optimizer.load_state_dict(state)
     step(optimizer)
+
+
+def test_steps_beyond_float32s_whole_numbers_are_kept():
+    steps = 2**24 + 2
+    optimizer = optimizer_of(hta.EMA(every=3), hta.AdamW(0.1, (0.9, 0.999999)))
+    step(optimizer)
+    optimizer._set_steps(steps)
+    step(optimizer)  # 2^24 + 3, which float32 does not hold
+    other, torchs = (optimizer_of(hta.EMA(every=3), hta.AdamW(0.1)) for _ in range(2))
+    other.load_state_dict(optimizer.state_dict())
+    torchs._set_steps(steps + 1)
+    torchs.load_torch_state_dict(0, optimizer.torch_state_dict(0))
+    twins = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)), other, torchs]
+    first = optimizer.replicas.trained[0][0]
+    optimizer.state[first]["exp_avg"] = optimizer.state[first]["exp_avg"].clone()  # an edit of something else
+    step(optimizer)
+    assert optimizer.steps == steps + 2
+    assert [twin.steps for twin in twins] == [steps + 1] * 4
+    for wanted in (5, 2**25, steps + 3):  # an edit of the step
+        for twin in twins[:3]:
+            for entry in twin.state.values():
+                entry["step"] = wanted
+            twin.state_dict()
+            step(twin)
+            assert twin.steps == wanted + 1
+    twin.state[twin.replicas.trained[0][0]]["step"].fill_(7)
+    step(twin)
+    assert twin.steps == 8
 
 
 def test_a_state_dict_of_several_modes_changes_nothing():

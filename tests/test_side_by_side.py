@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_replicas import Awkward, conv_net, cross_entropy, image_batch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import hta_fused as hta
 from hta_fused import side_by_side as module
@@ -109,6 +110,54 @@ def test_grad_mode_and_autocast_are_the_callers(threads):
         replicas.backward(cross_entropy, batch, concurrent=True)
     with torch.no_grad():
         replicas.backward(torch.enable_grad()(cross_entropy), batch, concurrent=True)
+
+
+MODES = {
+    "a dispatch mode": lambda: FlopCounterMode(display=False),
+    "a function mode": lambda: torch.device("cpu"),
+    "hooks of saved tensors": torch.autograd.graph.save_on_cpu,
+    "both": torch.autograd.graph.allow_mutation_on_saved_tensors,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_under_a_threads_own_modes_copies_go_in_turn(threads, mode):
+    threads(2)
+    replicas = hta.Replicas(conv_net())
+    batch = image_batch()
+    found = []
+
+    def fn(net):
+        found.append(threading.current_thread())
+        return cross_entropy(net, batch)
+
+    def grads(concurrent):
+        replicas.zero_grad()
+        found.clear()
+        replicas.backward(fn, concurrent=concurrent)
+        return replicas.grads.clone()
+
+    with MODES[mode]():
+        expected = grads(False)
+        assert torch.equal(grads(True), expected)
+    assert found == [threading.current_thread()] * 2
+    grads(True)
+    assert threading.current_thread() not in found
+
+
+def test_saved_tensor_hooks_and_flops_are_of_all_copies(threads):
+    threads(2)
+    replicas = hta.Replicas(conv_net())
+    batch = image_batch()
+    counts = []
+    for concurrent in (False, True):
+        saved = []
+        with FlopCounterMode(display=False) as counter:
+            replicas.backward(cross_entropy, batch, concurrent=concurrent)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: to.append(t) or t, lambda t: t):
+            replicas.backward(cross_entropy, batch, concurrent=concurrent)
+        counts.append((counter.get_total_flops(), len(saved)))
+    assert counts[0] == counts[1] > (0, 0)
 
 
 def test_tied_weights_under_autocast_have_the_same_bits_each_time(threads):
