@@ -5,19 +5,18 @@ rounds. Every rival is checked to do what hta_fused does before it is timed (ben
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hta_fused.files import save_atomically, write_json, write_text
+from hta_fused.files import read_json, save_atomically, write_json, write_text
 from hta_fused.kernels.reference import MAX_COPIES
-from hta_fused.terminal import Parser, threads, whole_number
+from hta_fused.terminal import Parser, path, threads, whole_number
 
 from . import distributed as processes
 from . import formats, measure, plots, rivals, training, workloads
@@ -123,18 +122,31 @@ def memory(options: argparse.Namespace) -> Iterator[Result]:
 
 def report(folder: Path) -> str:
     """One Markdown page of all results in a folder; draws their pictures anew."""
-    pages = []
+    pages, found = [], {}
     for file in sorted(folder.glob("*.json")):
-        content = json.loads(file.read_text())
-        if not (isinstance(content, dict) and content.get("results") and {"machine", "command"} <= content.keys()):
-            continue
-        draw(file.stem.split("-")[0], content["results"], file.with_suffix(".png"), describe(content["machine"]))
-        pages.append(f"## {file.stem}\n\n{describe(content['machine'])}; `{content['command']}`\n")
-        pages += [measure.show(result) for result in content["results"]]
-        pages.append(f"![{file.stem}]({file.stem}.png)\n")
+        with _named(file):
+            content = read_json(file)
+            if not (isinstance(content, dict) and content.get("results") and {"machine", "command"} <= content.keys()):
+                continue
+            found[file] = content["results"], describe(content["machine"])
+            pages.append(f"## {file.stem}\n\n{found[file][1]}; `{content['command']}`\n")
+            pages += [measure.show(result) for result in content["results"]]
+            pages.append(f"![{file.stem}]({file.stem}.png)\n")
     if not pages:
         raise ValueError(f"{folder} holds no results of hta-bench")
+    for file, (results, caption) in found.items():
+        with _named(file):
+            draw(file.stem.split("-")[0], results, file.with_suffix(".png"), caption)
     return "\n".join(pages)
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Says of which file it is that it is not as `main` writes them."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no result of hta-bench: {type(error).__name__}: {error}") from error
 
 
 def describe(machine: Result) -> str:
@@ -201,7 +213,7 @@ def parser() -> Parser:
         if name in ("copies", "formats"):
             _add_names(command, "--proposals", list(rivals.PROPOSALS))
         if name == "copies":
-            command.add_argument("--against", type=Path, metavar="CHECKOUT", help="built, of another version")
+            command.add_argument("--against", type=path, metavar="CHECKOUT", help="built, of another version")
         several = name == "distributed"
         if several:
             command.add_argument(
@@ -215,9 +227,9 @@ def parser() -> Parser:
         choice = "of each process [1]" if several else "0: torch's choice [0]"
         command.add_argument("--threads", type=threads, metavar="THREADS", default=0, help=choice)
         command.add_argument("--quick", action="store_true", help="tiny sizes: that everything runs")
-        command.add_argument("--out", type=Path, metavar="FOLDER", help="for the JSON and the picture")
+        command.add_argument("--out", type=path, metavar="FOLDER", help="for the JSON and the picture")
     joiner = commands.add_parser("report", help="join a folder's JSONs into one Markdown page")
-    joiner.add_argument("dir", type=Path, metavar="FOLDER", help="that the other commands wrote to")
+    joiner.add_argument("dir", type=path, metavar="FOLDER", help="that the other commands wrote to")
     return result
 
 

@@ -1,4 +1,5 @@
-"""Files that are always whole, whenever the process is killed. Imports nothing of the package."""
+"""Files that are always whole, whenever the process is killed; what may name one, and what one holds. Imports nothing of the
+package."""
 
 import json
 import math
@@ -36,6 +37,23 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     write_text(path, as_json(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def is_path(value: Any) -> bool:
+    """Whether a value can name a file or a folder: "", which pathlib takes for the current one, can not."""
+    return isinstance(value, str | os.PathLike) and bool(str(value)) and "\0" not in str(value)
 
 
 def as_json(content: Any, indent: int | None = None) -> str:

@@ -1,6 +1,6 @@
 """What the commands share: help that fits a terminal, errors in one line, checks that come before the work.
 
-Imports extras.py alone.
+Imports extras.py and files.py.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import extras
+from .files import is_path
 
 FAILURE, USAGE = 1, 2  # exit statuses: something went wrong; the command line asks for what there is not
 
@@ -33,6 +34,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str | None = None, **options: Any):
         super().__init__(prog, allow_abbrev=False, formatter_class=_Help, **options)
+
+    def parse_args(self, *args: Any, **options: Any) -> Any:
+        """As argparse's. From here on, what stdout's encoding lacks (a ±, a file's name that is no text) is printed escaped."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # not what a notebook or a test may have put there
+                stream.reconfigure(errors="backslashreplace")
+        return super().parse_args(*args, **options)
 
     def error(self, message: str) -> NoReturn:
         """A usage error, argparse's own among them."""
@@ -119,6 +127,13 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
         return number
 
     return convert
+
+
+def path(text: str) -> Path:
+    """A `type` for the names of files and folders."""
+    if not is_path(text):
+        raise argparse.ArgumentTypeError(f"must be a path, got {text!r}")
+    return Path(text)
 
 
 def threads(text: str) -> int:

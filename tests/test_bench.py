@@ -148,6 +148,9 @@ def test_a_line_fits_a_line():
         (["ops", "--round", "3"], "unknown flag --round: did you mean --rounds?"),
         (["memory", "--proposals", "SGD"], "--proposals is another command's flag: see --help"),
         (["ops", "--out", __file__], f"--out {__file__} is a file, not a folder"),
+        (["ops", "--quick", "--out", ""], "--out must be a path, got ''"),
+        (["copies", "--quick", "--against", ""], "--against must be a path, got ''"),
+        (["report", ""], "FOLDER must be a path, got ''"),
         (
             ["opps"],
             "WHAT must be one of step, copies, ops, scaling, formats, memory, train, concurrent, distributed, report, got 'opps'",
@@ -181,3 +184,33 @@ def test_a_report_passes_over_what_is_none_of_ours(tmp_path, content, capsys):
     with pytest.raises(SystemExit):
         cli.main(["report", str(tmp_path)])
     assert capsys.readouterr().err.endswith("holds no results of hta-bench\n")
+
+
+MACHINE = {"processor": "x", "threads": 1, "torch": "2", "date": "today"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"results": [',
+        b"[" * 200_000,
+        b"\xff",
+        {"results": [{"title": "x"}], "machine": {}, "command": "c"},
+        {"results": [{"title": "x"}], "machine": "mine", "command": "c"},
+        {"results": [{}], "machine": MACHINE, "command": "c"},
+        {"results": [{"title": "x"}], "machine": MACHINE, "command": "c"},
+        {"results": [{"title": "x", "rows": []}], "machine": MACHINE, "command": "c"},
+        {"results": {"title": "x"}, "machine": MACHINE, "command": "c"},
+    ],
+    ids=["cut", "deep", "no text", "no machine", "a text", "untitled", "empty", "no rows", "no list"],
+)
+def test_a_report_names_the_file_that_it_cannot_read_and_writes_nothing(tmp_path, content, capsys):
+    rows = {"title": "ours", "rows": [{"a": 1}]}
+    (tmp_path / "a.json").write_text(json.dumps({"results": [rows], "machine": MACHINE, "command": "c"}))
+    (tmp_path / "b.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert error.startswith(f"hta-bench: {tmp_path / 'b.json'} is no result of hta-bench: ")
+    assert error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json"}

@@ -226,6 +226,23 @@ def test_the_tangent_saves_steps_and_evaluations(tolerance):
     assert torch.allclose(steered.x, plain.x, atol=1e-5)
 
 
+@pytest.mark.parametrize("Ls", [[1.0, 0.1, 0.0], [math.inf, 1.0, 0.0], [0.0], [math.inf]])
+@pytest.mark.parametrize("options", [{}, {"copies": 3}, {"blocks": [1, 0, 1]}])
+def test_the_tangent_goes_on_from_a_start_that_is_a_minimiser(Ls, options):
+    """scipy's BFGS then takes no step, and its inverse Hessian is the unit matrix, of whole numbers."""
+    result = path.track(lambda x: x.square().sum(), np.zeros(3), Ls, predictor="tangent", **options)
+    assert result.success, result.message
+    assert (result.x == 0).all()
+
+
+@pytest.mark.parametrize("predictor", [None, "tangent"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_function_that_is_nan_at_infinity_is_not_followed(predictor):
+    """With the anchor −1 the copies have no square root."""
+    result = path.track(lambda x: x.sqrt().sum(), [1.0, 1.0], [math.inf, 1.0], -1.0, predictor=predictor)
+    assert (result.success, result.message) == (False, "the corrector did not converge at L = inf")
+
+
 # ---------------------------------------------------------------------------------------------------------- the arclength
 
 
@@ -496,3 +513,118 @@ def test_every_start_and_anchor_must_be_finite():
         path.track_many(f, good, [1.0], bad)
     with pytest.raises(ValueError, match="f must be finite at x0"):
         path.track(f, bad.numpy(), [1.0])
+
+
+def bowl(x):
+    return (x - 1).square().sum()
+
+
+NO_NUMBERS = {
+    "complex": np.array([1.0, 1j]),
+    "complex numbers": [1.0, 1j],
+    "a complex tensor": torch.tensor([1.0, 1j]),
+    "strings": ["1", "2"],
+    "flags": torch.tensor([True, False]),
+    "None": [None, 1.0],
+    "rows of several lengths": [[1.0, 2.0], [1.0]],
+    "a sparse tensor": torch.ones(2).to_sparse(),
+    "a tensor of the meta device": torch.ones(2, device="meta"),
+}
+
+
+@pytest.mark.parametrize("what", NO_NUMBERS)
+@pytest.mark.filterwarnings("error")
+def test_what_holds_no_real_numbers_is_named(what):
+    value = NO_NUMBERS[what]
+    with pytest.raises(TypeError, match="x0 must hold real numbers, got "):
+        path.track(bowl, value, [1.0])
+    for name in ("anchor", "blocks"):
+        with pytest.raises(TypeError, match=f"{name} must hold real numbers, got "):
+            path.track(bowl, [1.0, 1.0], [1.0], **{name: value})
+        with pytest.raises(TypeError, match=f"{name} must hold real numbers, got "):
+            path.track_many(bowl, torch.ones(1, 2), [1.0], **{name: value})
+    with pytest.raises(TypeError, match="f's gradient must hold real numbers, got "):
+        path.Objective((lambda x: 1.0, lambda x: value))(np.ones(2))
+    with pytest.raises((TypeError, ValueError), match="x0 must "):
+        path.track_many(bowl, value[None] if isinstance(value, torch.Tensor) and not value.is_sparse else value, [1.0])
+
+
+@pytest.mark.parametrize(
+    "as_given",
+    [
+        lambda x: x.tolist(),
+        lambda x: x.numpy().astype(np.int8),
+        lambda x: x.float().requires_grad_(),
+        lambda x: x.half(),
+        lambda x: x.bfloat16().requires_grad_(),
+        lambda x: x.long(),
+        lambda x: x.float().t().contiguous().t(),
+    ],
+)
+def test_real_numbers_of_any_kind_are_taken(as_given):
+    x0 = torch.tensor([[3.0, -2.0], [0.0, 1.0]], dtype=torch.float64)
+    expected = path.track(bowl, x0[0], [1.0, 0.1], x0[1]).x
+    assert np.array_equal(path.track(bowl, as_given(x0[0]), [1.0, 0.1], as_given(x0[1])).x, expected)
+    for anchor in (x0[1], x0.flip(0)):
+        expected = path.track_many(bowl, x0, [1.0, 0.1], anchor).x
+        assert torch.equal(path.track_many(bowl, x0, [1.0, 0.1], as_given(anchor)).x, expected)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("options", [{}, {"predictor": "tangent"}, {"continuation": "arclength"}])
+def test_a_path_is_followed_where_gradients_are_switched_off(mode, options):
+    Ls, x0 = [1.0, 0.1, 0.0], torch.tensor([[3.0, -2.0]], dtype=torch.float64)
+    expected = path.track(problems.chow, x0[0], Ls, **options)
+    with mode():
+        assert np.array_equal(path.track(problems.chow, x0[0].clone(), Ls, **options).x, expected.x)
+        assert path.Objective(bowl)(np.zeros(2))[1].tolist() == [-2.0, -2.0]
+        assert not torch.is_grad_enabled()
+        many = "continuation" not in options and path.track_many(problems.chow, x0.clone(), Ls, x0.clone(), **options).x
+    if many is not False:
+        assert torch.equal(many, path.track_many(problems.chow, x0, Ls, x0, **options).x)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(copies=2.0), "copies must be a whole number, got 2.0"),
+        (dict(copies=True), "copies must be a whole number, got True"),
+        (dict(copies="2"), "copies must be a whole number, got '2'"),
+        (dict(Ls=[None]), "Ls must be a number, got None"),
+        (dict(Ls=[1.0, 1j]), "Ls must be a number, got 1j"),
+        (dict(Ls="1"), "Ls must be a number, got '1'"),
+        (dict(Ls=1.0), "Ls must be a list of numbers, got 1.0"),
+        (dict(Ls=None), "Ls must be a list of numbers, got None"),
+        (dict(Ls=torch.tensor(1.0)), "Ls must be a list of numbers, got a Tensor"),
+        (dict(f=None), "f must be a function"),
+        (dict(f=[bowl, bowl]), "f must be a function, or a tuple of two|f must be a function of a tensor, got a list"),
+        (dict(f=(bowl,)), "f must be a function"),
+        (dict(f=(bowl, None)), "f must be a function"),
+        (dict(f=lambda x: bowl(x) * 1j), "f must return a real number, got torch.complex128"),
+    ],
+)
+def test_a_setting_of_another_kind_is_named(changed, message):
+    for track, start in ((path.track, [0.0, 0.0]), (path.track_many, torch.zeros(1, 2))):
+        with pytest.raises((TypeError, ValueError), match=message):
+            track(**{"f": bowl, "x0": start, "Ls": [1.0], **changed})
+
+
+def test_the_value_of_a_pair_is_real_too():
+    with pytest.raises(TypeError, match="f's value must hold real numbers, got 1j"):
+        path.track((lambda x: 1j, lambda x: x), [1.0, 1.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"predictor": "secant"}, {"predictor": "tangent"}, {"continuation": "arclength"}]
+)
+@pytest.mark.parametrize("curvature", [1.0, 1e-6])
+@pytest.mark.parametrize("Ls", [[1e200, 1.0, 1e-200], [1e200, 1.0], [1.0, 1e-200], [1.0, 1e-30], [5e-324, 0.0]])
+def test_an_L_beyond_what_float64_holds_is_refused(Ls, curvature, options):
+    """There the coordinates lose a copy beside the others, and what was found was anything."""
+    if options.get("continuation") and 0 in Ls:
+        return
+    with pytest.raises(ValueError, match=r"Ls must be 0, ∞ or from \S+ to \S+ where curvature is \S+, got "):
+        path.track(bowl, [0.0, 0.0], Ls, curvature=curvature, **options)
+    if options.get("predictor") != "secant" and "continuation" not in options:
+        with pytest.raises(ValueError, match="Ls must be 0, ∞ or from"):
+            path.track_many(bowl, torch.zeros(1, 2), Ls, curvature=curvature, **options)

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
@@ -121,6 +122,10 @@ def test_an_interval_is_students():
         (["dropout", "--device", "tpu", "--out", "x"], "device must be auto, cpu, cuda or cuda:N"),
         (["table3", "--quick", "--out", "x"], "--quick is another command's flag: see --help"),
         (["smalldata", "--images", "0", "--out", "x"], "--images must be from 1 to 49999, got 0"),
+        (["map", "--quick", "--out", ""], "--out must be a path, got ''"),
+        (["table2", "--scale", "quick", "--out", ""], "--out must be a path, got ''"),
+        (["table2", "--scale", "quick", "--out", "a\0b"], r"--out must be a path, got 'a\x00b'"),
+        (["table2", "--data-dir", "", "--out", "x"], "--data-dir must be a path, got ''"),
     ],
 )
 def test_nonsense_is_answered_in_a_line(tmp_path, monkeypatch, capsys, flags, message):
@@ -130,6 +135,37 @@ def test_nonsense_is_answered_in_a_line(tmp_path, monkeypatch, capsys, flags, me
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+    assert not [path for path in tmp_path.iterdir() if path.name != "x"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            BrokenProcessPool("A process was terminated abruptly"),
+            "a run's process has ended, killed or for want of memory",
+        ),
+        (MemoryError(), "no memory left"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "no memory left"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "no memory left"),
+        (RuntimeError("a bug"), None),
+    ],
+    ids=["killed", "Python's", "the CPU's", "the GPU's", "a bug"],
+)
+@pytest.mark.parametrize("argv", [["table2", "--scale", "quick"], ["map", "--quick"]])
+def test_memory_that_runs_out_is_said_in_a_line(tmp_path, monkeypatch, capsys, argv, error, said):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setitem(cli.TRAINED, "table2", (fails, networks.SCALES))
+    monkeypatch.setitem(cli.SMALL, "map", fails)
+    if said is None:  # keeps its traceback
+        with pytest.raises(RuntimeError, match="a bug"):
+            cli.main([*argv, "--out", str(tmp_path)])
+        return
+    with pytest.raises(SystemExit, match="1"):
+        cli.main([*argv, "--out", str(tmp_path)])
+    assert capsys.readouterr().err == f"hta-reproduce: {said}; the same command goes on\n"
 
 
 def test_a_best_epoch_is_chosen_among_those_tested():

@@ -1,6 +1,7 @@
 """The commands on a terminal: their help, errors before any work, what is printed as they run, signals."""
 
 import errno
+import io
 import math
 import os
 import re
@@ -171,8 +172,50 @@ def test_a_file_that_is_no_network_of_the_run_is_named(run, tmp_path, capsys, na
     assert re.search(message, line)
 
 
+def nested(weight):
+    return torch.nested.nested_tensor([weight[0].flatten(), weight[0, 0].flatten()])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: weight.to_sparse(), "features.0.weight is torch.sparse_coo, not torch.strided"),
+        (lambda weight: weight.to("meta"), "features.0.weight is meta, not cpu"),
+        (lambda weight: weight * (1 + 1j), "features.0.weight is torch.complex64, not torch.float32"),
+        (lambda weight: weight.half(), "features.0.weight is torch.float16, not torch.float32"),
+        (lambda weight: weight > 0, "features.0.weight is torch.bool, not torch.float32"),
+        (nested, "holds no state_dict"),
+        (None, "is no file that torch.save wrote"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_network_whose_tensors_would_not_be_taken_as_they_are_is_refused(run, tmp_path, capsys, change, message):
+    state, file = torch.load(run / "hta-seed0.pt", weights_only=True), tmp_path / "hta-seed0.pt"
+    shutil.copy(run / "config.json", tmp_path)
+    if change is None:
+        file.write_text(".")  # an empty stack, to an unpickler
+    else:
+        torch.save(state | {"features.0.weight": change(state["features.0.weight"])}, file)
+    assert message in refused(["--evaluate", str(file)], capsys)[1]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), KeyError()]
+)
+def test_memory_that_runs_out_in_a_test_is_said_in_a_line(tmp_path, monkeypatch, capsys, error):
+    def fails(file, settings):
+        raise error
+
+    monkeypatch.setattr(cli, "evaluate_file", fails)
+    if isinstance(error, KeyError):  # a bug keeps its traceback
+        with pytest.raises(KeyError):
+            cli.main(["--evaluate", str(tmp_path / "x.pt")])
+        return
+    assert refused(["--evaluate", str(tmp_path / "x.pt")], capsys)[1].startswith("hta-train: no memory left")
+
+
 def test_a_configuration_that_is_none_is_named(tmp_path, capsys):
-    for text in ("no JSON", "[]", '{"warmth": 1}', '{"lr": "high"}'):
+    for text in ("no JSON", "[]", '{"warmth": 1}', '{"lr": "high"}', '{"method": ["hta"]}', "[" * 200_000, "\ufeff{}"):
         (tmp_path / "config.json").write_text(text)
         line = refused(["--evaluate", str(tmp_path / "x.pt")], capsys)[1]
         assert f"{tmp_path / 'config.json'} is no run's configuration: " in line
@@ -229,6 +272,16 @@ def test_the_table_fits_80_columns():
     assert len(lines) == 4
     assert {len(line) for line in lines} == {len(lines[0])}
     assert len(lines[0]) <= 80
+
+
+def test_the_table_says_whose_loss_it_has():
+    of_a_run = {"epochs": 3, "work": 5, "accuracy_mean": 99.996, "accuracy_deviation": 0.1, "seconds": 1.0}
+    of_a_run |= {"test_loss_mean": 0.25, "images_per_second": 10.0}
+    head, _, line = (
+        [cell.strip() for cell in line.split("|")] for line in report.table({"runs": {"SGD": of_a_run}}).splitlines()
+    )
+    assert dict(zip(head, line, strict=True))["test loss"] == "0.2500"
+    assert dict(zip(head, line, strict=True))["test, %"] == "100.0 ± 0.10"
 
 
 def summary_of(batches="shared", **accuracies):
@@ -379,6 +432,26 @@ def test_handlers_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     cli.main([*FLAGS, "--out", str(tmp_path / "run")])
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("name", ["run", "caf\xe9", "z\udcff"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_what_the_terminal_cannot_show_is_escaped(tmp_path, monkeypatch, encoding, name):
+    """A ± and the name of a folder that is no text end no training; what has no encoding is left alone."""
+    out, said = tmp_path / name, {}
+    for main, argv in (
+        (cli.main, [*FLAGS, "--method", "compare", "--seeds", "2", "--out", str(out)]),
+        (cli.main, ["--resume", str(out)]),
+        (paper_cli.main, ["path", "--quick", "--out", str(tmp_path / f"path-{name}")]),
+    ):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        main(argv)
+        stream.flush()
+        said[argv[0]] = stream.buffer.getvalue()
+        assert os.fsencode(name) in said[argv[0]] or name.encode(encoding, "backslashreplace") in said[argv[0]]
+    assert "±".encode(encoding, "backslashreplace") in said["--resume"]
 
 
 @pytest.mark.parametrize("blank", ["", " "])

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import stress
 import torch
@@ -232,6 +234,68 @@ def test_stopping_in_the_middle_of_an_epoch_keeps_its_place(tmp_path):
     same_results(whole.out, broken.out)
 
 
+def test_a_trainer_that_has_let_go_of_its_folder_does_not_go_on(tmp_path):
+    """Another may have taken it, and gone further."""
+    settings = replace(TINY, method="sgd", out=tmp_path / "run")
+    stopped = Trainer(settings, stop=lambda: True, report=lambda _: None)
+    assert not stopped.train()
+    other = Trainer.resume(str(settings.out), report=lambda _: None)
+    for begun in (True, False):
+        with pytest.raises(RuntimeError, match=r"train\(\) has let go of .*run: Trainer.resume goes on"):
+            stopped.train()
+        if begun:
+            assert other.train()
+            before = (settings.out / "checkpoint.pt").read_bytes()
+    with pytest.raises(RuntimeError, match="has let go of"):
+        other.train()
+    assert (settings.out / "checkpoint.pt").read_bytes() == before
+    assert len(metrics(settings.out)) == 3
+
+
+@pytest.mark.parametrize("out", ["", None, 3, "a\0b"])
+def test_resuming_what_is_no_path_is_refused(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="out must be a path, got "):
+        Trainer.resume(out)
+
+
+def test_settings_of_numpys_types_are_pythons_and_a_run_of_them_goes_on(tmp_path):
+    numpys = dict(
+        lr=np.float64(0.05), momentum=np.float32(0.5), width=np.float16(0.0625), epochs=np.int64(3), copies=np.uint8(2),
+        method=np.str_("hta"), lr_schedule=np.str_("cosine"), device=np.str_("cpu"), L_step=1,
+    )  # fmt: skip
+    settings = replace(
+        TINY, **numpys, L_start=np.float64(0.01), data_dir=np.str_("data"), out=np.str_(tmp_path / "run")
+    )
+    plain = {int, float, bool, str, type(None), type(Path())}
+    assert {type(value) for value in vars(settings).values()} <= plain
+    assert all(getattr(settings, name) == value for name, value in numpys.items())
+    asked = iter(i == 5 for i in range(10**6))
+    assert not Trainer(settings, stop=lambda: next(asked), report=lambda _: None).train()
+    assert Trainer.resume(settings.out, report=lambda _: None).train()
+
+
+@pytest.mark.parametrize("content", [b'{"runs":', b"", b"\xff", b"[" * 200_000, b"[]", b'{"runs": {}}', None])
+def test_a_summary_that_is_none_is_written_anew(finished, tmp_path, content):
+    out, lines = tmp_path / "run", []
+    shutil.copytree(finished[0], out)
+    whole = json.loads((out / "summary.json").read_text())
+    (out / "summary.json").write_bytes(json.dumps({"runs": whole["runs"]}).encode() if content is None else content)
+    assert Trainer.resume(out, report=lines.append).train()
+    assert lines[-1].splitlines()[:6] == finished[1][-1].splitlines()[:6]  # the table
+    assert json.loads((out / "summary.json").read_text())["runs"] == whole["runs"]
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"lr":', '{"lr": [[]]}'])
+def test_a_record_that_is_none_is_refused_in_a_line(finished, tmp_path, content):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    (out / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json.*put it back or delete it") as refused:
+        Trainer.resume(out)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.json"
     write_json(path, {"a": 1})
@@ -313,6 +377,52 @@ def test_a_resumed_epoch_counts_the_skipped_steps_of_both_its_parts(tmp_path, mo
     with pytest.raises(FloatingPointError):
         Trainer.resume(settings.out, report=lambda _: None).train()
     assert [row["skipped"] for row in metrics(settings.out)][:2] == [2, 2]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_run_that_ends_in_nan_has_diverged(tmp_path, monkeypatch, epochs, every):
+    settings = replace(TINY, method="sgd", epochs=epochs, evaluate_every=every, out=tmp_path / "run")
+    loss = Run.loss
+    monkeypatch.setattr(
+        Run, "loss", lambda self, *of: loss(self, *of) * (math.nan if self.epoch >= epochs - 2 else 1.0)
+    )
+    with pytest.raises(FloatingPointError, match="SGD seed 0 diverged: its loss is not finite at its end; lower --lr"):
+        Trainer(settings, report=lambda _: None).train()
+    with pytest.raises(FloatingPointError, match="is not finite at its end"):
+        Trainer.resume(settings.out, report=lambda _: None).train()
+    assert not list(settings.out.glob("sgd*.pt"))
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_an_infinite_last_test_loss_is_no_end(tmp_path, monkeypatch, every):
+    settings = replace(TINY, method="sgd", epochs=4, evaluate_every=every, out=tmp_path / "run")
+    tested = iter([(1.0, 10.0)] * (3 if every == 1 else 0) + [(math.inf, 10.0)])
+    monkeypatch.setattr("hta_fused.train.run.evaluate", lambda *_: next(tested))
+    with pytest.raises(FloatingPointError, match="is not finite at its end"):
+        Trainer(settings, report=lambda _: None).train()
+    assert not list(settings.out.glob("sgd*.pt"))
+
+
+def test_epochs_without_a_test_count_by_their_training_loss(tmp_path, monkeypatch):
+    settings = replace(TINY, method="sgd", epochs=9, evaluate_every=10, out=tmp_path / "run")
+    loss = Run.loss
+    monkeypatch.setattr(Run, "loss", lambda self, *of: loss(self, *of) * (math.nan if self.epoch > 0 else 1.0))
+    with pytest.raises(FloatingPointError, match="has not been finite for 3 epochs"):
+        Trainer(settings, report=lambda _: None).train()
+    assert len(metrics(settings.out)) == 4
+
+
+def test_a_last_epoch_whose_spoilt_step_was_skipped_is_an_end(tmp_path, monkeypatch):
+    """The network that is exported is sound."""
+    settings = replace(TINY, method="hta", schedule="constant", epochs_per_L=3, out=tmp_path / "run")
+    loss = Run.loss
+    monkeypatch.setattr(
+        Run, "loss", lambda self, *of: loss(self, *of) * (math.nan if self.epoch == 2 and self.batch == 1 else 1.0)
+    )
+    assert Trainer(settings, report=lambda _: None).train()
+    assert metrics(settings.out)[-1]["train_loss"] == "nan"
+    assert all(t.isfinite().all() for t in torch.load(settings.out / "hta-seed0.pt", weights_only=True).values())
 
 
 @pytest.mark.parametrize("batches", ["own", "shared"])

@@ -5,10 +5,11 @@ Everything is seeded.
 
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from ..terminal import FAILURE, Parser, whole_number
+from ..terminal import Parser, path, whole_number
 from ..train import machine
 from . import convergence, figure1, mapped, networks, quadratic, smalldata, table1
 from .runs import Scale
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     for name, about in HELP.items():
         one = experiments.add_parser(name, help=about, description=f"hta-reproduce {name}: {about}.")
-        one.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="for the CSV and the pictures")
+        one.add_argument("--out", metavar="FOLDER", type=path, required=True, help="for the CSV and the pictures")
         if name in SMALL:
             one.add_argument("--quick", action="store_true", help="a few points and steps: that everything runs")
             continue
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
             "--scale", choices=list(networks.SCALES), default="cpu", metavar="SCALE",
             help="quick: a minute; [cpu]: under an hour on two cores; full: the paper's 300 epochs, for a GPU",
         )  # fmt: skip
-        one.add_argument("--data-dir", metavar="FOLDER", type=Path, default=Path("data"), help="where CIFAR-10 lies")
+        one.add_argument("--data-dir", metavar="FOLDER", type=path, default=Path("data"), help="where CIFAR-10 lies")
         one.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N, instead of the scale's")
         one.add_argument("--seeds", metavar="SEEDS", type=whole_number(1, 1000), help="runs of every method")
         if name == "smalldata":
@@ -101,7 +102,13 @@ def main(argv: list[str] | None = None) -> None:
         terminal.say("stopped; the same command goes on")
         raise SystemExit(130) from None
     except (OSError, ValueError, FloatingPointError) as error:
-        terminal.fail(error, FAILURE)
+        terminal.fail(error)
+    except BrokenExecutor:
+        terminal.fail("a run's process has ended, killed or for want of memory; the same command goes on")
+    except (MemoryError, RuntimeError) as error:
+        if not machine.no_memory(error):
+            raise
+        terminal.fail("no memory left; the same command goes on")
     print(f"{options.out}: " + ", ".join(sorted(p.name for p in options.out.iterdir())))
 
 

@@ -10,6 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import number, shown, whole
+from .objective import as_float64
+
+_STIFFEST = 1e20  # of H's second derivatives beside f's, beyond which coordinates at one L lose their digits
+
 
 @dataclass
 class QuadraticTerms:
@@ -37,18 +42,17 @@ class QuadraticTerms:
             blocks: for each variable the number of its block; None makes m runs of equal length.
 
         Raises:
+            TypeError: blocks or anchor hold no real numbers, or copies is no whole one.
             ValueError: fewer than 2 copies, or more than variables; blocks or anchor of a wrong shape or value.
         """
+        copies = whole("copies", copies, -(2**63), 2**63 - 1)
         if copies < 2 or (blocks is None and n < copies):
             raise ValueError(f"copies must be from 2 to the number of variables ({n}), got {copies}")
-        blocks = np.arange(n) * copies // n if blocks is None else np.asarray(blocks)
+        blocks = np.arange(n) * copies // n if blocks is None else as_float64("blocks", blocks).cpu().numpy()
         if blocks.shape != (n,) or not np.isin(blocks, np.arange(copies)).all():
-            raise ValueError(
-                f"blocks must hold a number from 0 to {copies - 1} for each of {n} variables, got {blocks}"
-            )
-        if isinstance(anchor, Tensor):
-            anchor = anchor.detach().cpu().numpy()
-        anchor = np.asarray(anchor, dtype=np.float64)
+            wanted = f"a number from 0 to {copies - 1} for each of {n} variables"
+            raise ValueError(f"blocks must hold {wanted}, got {blocks.tolist()}"[:300])
+        anchor = as_float64("anchor", anchor).cpu().numpy()
         if anchor.shape not in ((), (n,)) or not np.isfinite(anchor).all():
             raise ValueError(f"anchor must be a finite number or {n} of them, got shape {anchor.shape}")
         free_block = (np.arange(copies) + 1) % copies
@@ -59,6 +63,14 @@ class QuadraticTerms:
     def shape(self) -> tuple[int, int]:
         """(m, n)."""
         return self.anchored.shape[0], self.anchored.shape[1]
+
+    def check_range(self, Ls: Sequence[float]) -> None:
+        """Raises the error owed for a value of L at which float64 holds nothing of f, or of a copy, beside the others."""
+        low, high = self.shape[0] / (_STIFFEST * self.curvature), _STIFFEST * self.curvature
+        for L in Ls:
+            if 0 < L < math.inf and not low <= L <= high:
+                beside = f"from {low:g} to {high:g} where curvature is {self.curvature:g}"
+                raise ValueError(f"Ls must be 0, ∞ or {beside}, got {L:g}")
 
     def at(self, L: float) -> "Stage":
         """H at one value of L, over coordinates z: the copies are base + z·embedding."""
@@ -158,7 +170,11 @@ class Stage:
 
 def check_Ls(Ls: Sequence[float]) -> list[float]:
     """The values of L as a list; raises the error owed for one that is empty or does not fall."""
-    values = [float(L) for L in Ls]
+    try:
+        given = list(Ls)
+    except TypeError:  # of what is no sequence, or a tensor without dimensions
+        raise TypeError(f"Ls must be a list of numbers, got {shown(Ls)}") from None
+    values = [number("Ls", L) for L in given]
     if not values:
         raise ValueError("Ls must hold at least one value of L")
     for L in values:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import shown
 from .corrector import Corrector
 from .homotopy import QuadraticTerms, check_Ls
-from .objective import check_positive, one_value, scalar_value
+from .objective import as_float64, check_positive, differentiating, one_value, scalar_value
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class ManyResult:
     success: Tensor
 
 
+@differentiating
 def track_many(
     f: Callable[[Tensor], Tensor],
     x0: Tensor,
@@ -54,29 +56,31 @@ def track_many(
         progress: wraps the list of Ls for display, as tqdm does.
 
     Raises:
-        ValueError: as `track`.
+        TypeError, ValueError: as `track`.
     """
     if predictor not in (None, "tangent"):
         raise ValueError(f"predictor must be None or 'tangent', got {predictor!r}")
+    if not callable(f):
+        raise TypeError(f"f must be a function of a tensor, got {shown(f)}")
     values = check_Ls(Ls)
     if not isinstance(x0, Tensor) or x0.dim() not in (2, 3) or not x0.is_floating_point():
-        raise ValueError(
-            f"x0 must be a float tensor of shape [B, n] or [B, {copies}, n], got {getattr(x0, 'shape', x0)}"
-        )
+        got = f"shape {list(x0.shape)} of {x0.dtype}" if isinstance(x0, Tensor) else shown(x0)
+        raise ValueError(f"x0 must be a float tensor of shape [B, n] or [B, {copies}, n], got {got}")
     if x0.dim() == 3 and x0.shape[1] != copies:
         raise ValueError(f"x0 must have shape [B, n] or [B, {copies}, n], got {list(x0.shape)}")
     check_positive("tolerance", tolerance)
     check_positive("curvature", curvature)
-    x0 = x0.detach().double()  # the tolerances are float64's
+    x0, anchor = as_float64("x0", x0), as_float64("anchor", anchor)  # the tolerances are float64's
     count, n = x0.shape[0], x0.shape[-1]
     offset = torch.zeros_like(x0[:, :1])
-    if isinstance(anchor, Tensor) and anchor.dim() == 2:  # one for each start: the variables are moved so that it is 0
+    if anchor.dim() == 2:  # one for each start: the variables are moved so that it is 0
         if anchor.shape != (count, n):
             raise ValueError(f"anchor must have shape [n] or {[count, n]}, got {list(anchor.shape)}")
         if not anchor.isfinite().all():
             raise ValueError("anchor must be finite, got inf or NaN")
         offset, anchor = anchor.to(x0), 0.0
     terms = QuadraticTerms.of(n, anchor, blocks, copies, curvature)
+    terms.check_range(values)
     x = (x0 if x0.dim() == 3 else x0[:, None].expand(count, copies, n)) - offset[:, None]
 
     for point in x0.reshape(-1, n)[:1]:  # none, where there are no starts

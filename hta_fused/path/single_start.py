@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..extras import needs
 from .arclength import Curve, Fold
 from .corrector import Corrector
 from .homotopy import QuadraticTerms, check_Ls
-from .objective import Objective, check_positive, one_value
+from .objective import Objective, as_float64, check_positive, differentiating, one_value
 
 METHODS = ("BFGS", "L-BFGS-B")
 PREDICTORS = (None, "secant", "tangent")
@@ -77,6 +76,7 @@ class PathResult:
         return [point.L for point in self.per_L if point.jumped]
 
 
+@differentiating
 def track(
     f: Any,
     x0: Any,
@@ -118,9 +118,10 @@ def track(
         A PathResult; a jump of the path is in it, and makes `success` False.
 
     Raises:
-        ValueError: f does not return a scalar, has no gradient or is not finite at x0; Ls is empty or does not fall;
-            x0, anchor or blocks of a wrong shape; an unknown method, predictor or continuation, or those that do not go
-            together.
+        TypeError: f is no function; x0, anchor, blocks or Ls hold something else than real numbers; copies is no whole one.
+        ValueError: f does not return a real scalar, has no gradient or is not finite at x0; Ls is empty, does not fall or
+            goes beyond what float64 holds; x0, anchor or blocks of a wrong shape; an unknown method, predictor or
+            continuation, or those that do not go together.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -146,11 +147,12 @@ def track(
     for name, chosen in (("predictor 'tangent'", predictor), ("continuation 'arclength'", continuation)):
         if chosen in ("tangent", "arclength") and isinstance(f, tuple):
             raise ValueError(f"{name} needs f as a function of a tensor, got a pair of NumPy functions")
-    start = np.asarray(x0.detach().cpu() if isinstance(x0, Tensor) else x0, dtype=np.float64)
+    start = as_float64("x0", x0).cpu().numpy()
     n = start.shape[-1] if start.ndim else 0
     if start.ndim not in (1, 2) or n < 1 or (start.ndim == 2 and start.shape[0] != copies):
         raise ValueError(f"x0 must have shape [n] or [{copies}, n], got {list(start.shape)}")
     terms = QuadraticTerms.of(n, anchor, blocks, copies, curvature)
+    terms.check_range(values)
     objective = Objective(f)
     x = np.broadcast_to(start, (copies, n)).copy()
     for point in x if start.ndim == 2 else x[:1]:
@@ -297,7 +299,7 @@ class _Steered:
         """The minimiser that scipy's BFGS finds from x, whose inverse Hessian is taken over."""
         point = self.cold(L, x)
         self.value = point.value
-        inverse = torch.as_tensor(self.cold.found.hess_inv)[None]
+        inverse = as_float64("hess_inv", self.cold.found.hess_inv)[None]  # scipy's first one is of integers
         self.corrector.learn(self.cold.terms.at(L).to(inverse), inverse)
         return point
 

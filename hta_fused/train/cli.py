@@ -1,7 +1,6 @@
 """hta-train: the trainer on a terminal. Flags, signals, progress bars, and errors in one line."""
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -18,7 +17,8 @@ import torch
 
 from .. import __version__
 from ..extras import needs
-from ..terminal import FAILURE, Parser, called
+from ..files import read_json
+from ..terminal import FAILURE, Parser, called, path
 from . import machine
 from .comparison import Trainer
 from .exported import evaluate_file
@@ -28,6 +28,7 @@ from .run import Job
 from .settings import HINTS, OF_THE_MACHINE, RECIPES, Settings
 from .team import ALONE, Team, of_torchrun
 
+NO_MEMORY = "no memory left: it takes less with a smaller --batch-size"
 FLAGS = {name: "--" + name.replace("_", "-") for name in HINTS}  # as they are typed
 
 DESCRIPTION = """\
@@ -42,7 +43,7 @@ process of its own."""
 
 EXAMPLES = """\
 examples:
-  hta-train                                     the first run, some minutes
+  hta-train                           the first run, under a minute on two cores
   hta-train --method hta --copies 4 --batches own --out runs/four
   hta-train --resume runs/four                  go on with it after a stop
   hta-train --evaluate runs/four/hta-seed0.pt   test what came out
@@ -77,8 +78,8 @@ def parser() -> Terminal:
             FLAGS[field.name], dest=field.name, default=argparse.SUPPRESS, help=about["help"] + shown, **options
         )
     other = result.add_argument_group("instead of a new run").add_mutually_exclusive_group()
-    other.add_argument("--resume", metavar="FOLDER", type=Path, help="go on with the run in this folder")
-    other.add_argument("--evaluate", metavar="FILE", type=Path, help="test an exported network, a .pt of a run")
+    other.add_argument("--resume", metavar="FOLDER", type=path, help="go on with the run in this folder")
+    other.add_argument("--evaluate", metavar="FILE", type=path, help="test an exported network, a .pt of a run")
     return result
 
 
@@ -124,6 +125,10 @@ def main(argv: list[str] | None = None) -> None:
         loss, accuracy = evaluate_file(evaluate, settings)
     except (ValueError, OSError) as error:
         terminal.fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not machine.no_memory(error):
+            raise
+        terminal.fail(NO_MEMORY)
     print(f"{evaluate}: test accuracy {accuracy:.2f}%, test loss {loss:.4f}")
 
 
@@ -195,7 +200,7 @@ def _recipe(given: dict[str, Any]) -> Settings:
 
 def _configuration(file: Path) -> Settings:
     try:
-        return Settings.from_json(json.loads(file.read_text(encoding="utf-8")))
+        return Settings.from_json(read_json(file))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no run's configuration: {error}") from None
 
@@ -257,7 +262,7 @@ def train(terminal: Terminal, settings: Settings, given: dict[str, Any], new: bo
                 os._exit(FAILURE)  # the group's threads, which wait for those that are gone, would abort an orderly end
             if trainer is None and isinstance(error, ValueError | OSError):
                 terminal.fail(typed(str(error)) if isinstance(error, ValueError) else error)
-            what = "no memory left: it takes less with a smaller --batch-size" if _no_memory(error) else error
+            what = NO_MEMORY if machine.no_memory(error) else error
             expected = isinstance(error, OSError) or what is not error
             if what is not error and team.group is not None:  # others do not know of it
                 terminal.speaks, what = True, f"rank {team.rank}: {what}"
@@ -311,11 +316,6 @@ def _launcher(team: Team) -> str:
 def _restarts_left() -> bool:
     done, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     return done < most
-
-
-def _no_memory(error: BaseException) -> bool:
-    of_the_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return of_the_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def _head(trainer: Trainer) -> None:

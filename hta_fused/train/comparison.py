@@ -1,16 +1,18 @@
 """A comparison: the list of runs that the settings ask for, worked through one after the other, and their folder."""
 
-import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..files import as_json, save_atomically, write_json, write_text
+from ..checks import shown
+from ..files import as_json, is_path, read_json, save_atomically, write_json, write_text
 from ..kernels import backends
 from ..terminal import called
 from . import data
@@ -94,6 +96,7 @@ class Trainer:
         self.rows: list[dict[str, Any]] = []
         self.done = 0
         self._run: Run | None = None  # under way
+        self._let_go = False  # of the folder
         # What the bits depend on beside the settings.
         self.machine: dict[str, Any] = {
             "threads": torch.get_num_threads(),
@@ -120,7 +123,7 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, out: Path, changes: Mapping[str, Any] | None = None, team: Team = ALONE, **callbacks: Any
+        cls, out: str | os.PathLike[str], changes: Mapping[str, Any] | None = None, team: Team = ALONE, **callbacks: Any
     ) -> "Trainer":
         """Goes on with the run in a folder, with the settings and the number of threads that it was begun with.
 
@@ -135,6 +138,9 @@ class Trainer:
             BlockingIOError: another process trains in it.
             ValueError: no checkpoint is whole, config.json is not the run's, or the images are not.
         """
+        if not is_path(out):
+            raise ValueError(f"out must be a path, got {shown(out)}")
+        out = Path(out)
         folder = _held(team, lambda: Folder.open(out))
 
         def begin(content: dict[str, Any]) -> "Trainer":
@@ -151,11 +157,15 @@ class Trainer:
             raise
 
     def train(self) -> bool:
-        """Runs what is left. False if it was asked to stop before the end; then a checkpoint holds all there is.
+        """Runs what is left, once. False if it was asked to stop before the end; then a checkpoint holds all there is, and
+        `resume` goes on with it.
 
         Raises:
             FloatingPointError: the loss has not been finite for PATIENCE epochs in a row, or when a run ended.
+            RuntimeError: it was called before, and has let go of the folder, in which another may have gone on.
         """
+        if self._let_go:
+            raise RuntimeError(f"train() has let go of {self.out}: Trainer.resume goes on with what is there")
         try:
             while self.done < len(self.jobs):
                 job = self.jobs[self.done]
@@ -176,6 +186,7 @@ class Trainer:
             self.team.lead(self._finish)
             return True
         finally:
+            self._let_go = True
             if self._folder is not None:
                 self._folder.close()
 
@@ -232,9 +243,10 @@ class Trainer:
     def _check_finite(self, job: Job) -> None:
         mine = [row for row in self.rows if (row["run"], row["seed"]) == (job.label, job.seed)]
         last = mine[-PATIENCE:]
-        if len(last) < min(PATIENCE, job.epochs):
-            return
-        if any(math.isfinite(row["train_loss"]) and math.isfinite(row["test_loss"] or 0.0) for row in last):
+        since = f"has not been finite for {len(last)} epochs"
+        if len(mine) == job.epochs and not math.isfinite(mine[-1]["test_loss"]):
+            since = "is not finite at its end"  # of the network that would be exported
+        elif len(last) < min(PATIENCE, job.epochs) or any(map(_finite, last)):
             return
         s = self.settings
         advice = f"lower --lr (it is {s.lr:g})"
@@ -242,9 +254,7 @@ class Trainer:
             advice = f"--mode explicit is unstable where lr · 4 / L exceeds 2 (1 + momentum): raise --L-start (it is {s.L_start:g}), {advice}, or take --mode implicit"
         elif s.precision == "fp16":
             advice += " or take --precision bf16"
-        raise FloatingPointError(
-            f"{job.label} seed {job.seed} diverged: its loss has not been finite for {len(last)} epochs; {advice}"
-        )
+        raise FloatingPointError(f"{job.label} seed {job.seed} diverged: its loss {since}; {advice}")
 
     # The checkpoint is the truth; what else is in the folder is written from it, after it.
     def _content(self) -> dict[str, Any]:
@@ -309,15 +319,20 @@ class Trainer:
             self._tensorboard.close()
         file = self.out / "summary.json"
         summary = summarise(self.rows, self.settings, self.fingerprint, self.tested)
-        known = json.loads(file.read_text()) if file.exists() else None
-        # Finished before, and resumed for no reason.
-        if isinstance(known, dict) and known.get("runs") == summary["runs"]:
-            summary = known
-        else:
+        known = None
+        with suppress(FileNotFoundError, ValueError):  # what is no summary is written anew
+            known = read_json(file)
+        # Where they are the same, it was finished before, and resumed for no reason.
+        if not (isinstance(known, dict) and known.get("runs") == summary["runs"]):
             save_atomically(self.out / "curves.png", lambda path: curves(self.rows, path))
             write_json(file, summary)
         words = in_words(summary, self.out, f"{self.jobs[-1].name}.pt", called("hta-train"))
         self.report(f"\n{table(summary)}\n\n{words}")
+
+
+def _finite(row: dict[str, Any]) -> bool:
+    """Whether an epoch's losses are, those that were taken."""
+    return math.isfinite(row["train_loss"]) and (row["test_loss"] is None or math.isfinite(row["test_loss"]))
 
 
 def _nothing(*_: Any) -> None:
@@ -376,7 +391,7 @@ def _check_record(config: Path, settings: Settings) -> None:
         return
     cure = f"put it back or delete it ({config.name} is a record; a run goes on with what its checkpoint says)"
     try:
-        found = json.loads(config.read_text(encoding="utf-8"))
+        found = read_json(config)
         if not isinstance(found, dict):
             raise ValueError(f"it holds {type(found).__name__}")
     except ValueError as error:
@@ -386,7 +401,7 @@ def _check_record(config: Path, settings: Settings) -> None:
         n for n in {**ours, **found} if n not in ("out", *OF_THE_MACHINE) and found.get(n, ...) != ours.get(n, ...)
     ]
     if names:
-        differences = ", ".join(f"{n} is {found.get(n)!r}, but the run has {ours.get(n)!r}" for n in names)
+        differences = ", ".join(f"{n} is {shown(found.get(n))}, but the run has {ours.get(n)!r}" for n in names)
         raise ValueError(f"{config}: {differences}: {cure}")
 
 

@@ -1,4 +1,4 @@
-"""Whether this machine can do what the settings ask, and what it is fastest in.
+"""Whether this machine can do what the settings ask, what it is fastest in, and what it says when it cannot.
 
 Knows the networks' sizes; imports settings.py and vgg.py.
 """
@@ -68,6 +68,12 @@ def fastest_precision() -> Literal["fp32", "bf16"]:
     """
     can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether it is Python's or torch's word for memory that has run out."""
+    of_the_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return of_the_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def memory(settings: Settings, copies: int | None = None) -> int:

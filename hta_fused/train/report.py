@@ -111,12 +111,17 @@ def _measured(last: list[Row], average: str) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary for a terminal, as a Markdown table; work is epochs × copies, images/s are of a copy."""
-    rows = [["run", "epochs", "work", "test, %", "loss", "images/s", "s a run"]]
+    """The summary for a terminal, as a Markdown table; work is epochs × copies, img/s are of a copy."""
+    rows = [["run", "epochs", "work", "test, %", "test loss", "img/s", "s/run"]]
     for label, run in summary["runs"].items():
         spread = "" if run["accuracy_deviation"] is None else f" ± {run['accuracy_deviation']:.2f}"
-        accuracy, loss = f"{run['accuracy_mean']:.2f}{spread}", _number(run["test_loss_mean"], 8, ".4f")
-        numbers = [accuracy, loss, f"{run['images_per_second']:.0f}", f"{run['seconds']:.0f}"]
+        accuracy = f"{run['accuracy_mean']:.2f}"[:5] + spread  # 100.0 has the room of 99.99
+        numbers = [
+            accuracy,
+            _number(run["test_loss_mean"], 8, ".4f"),
+            f"{run['images_per_second']:.0f}",
+            f"{run['seconds']:.0f}",
+        ]
         rows.append([label, str(run["epochs"]), str(run["work"]), *numbers])
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])

@@ -1,19 +1,21 @@
 """What is trained and how: every flag of hta-train, the recipes, and what follows from them (schedules, dtypes, device).
 
-Knows nothing of networks and of the machine. Imports schedule.py, and what the step refuses.
+Knows nothing of networks and of the machine. Imports checks.py, files.py, schedule.py, and what the step refuses.
 """
 
 import math
-import os
 import re
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from .. import schedule as L_schedules
+from ..checks import number, shown
 from ..couplings import Average, Coupling, Explicit, Homotopy
+from ..files import is_path
 from ..kernels.reference import MAX_COPIES
 from ..ops import rules_of
 from ..proposals import SGD
@@ -204,7 +206,7 @@ class Settings:
                 raise ValueError(f"L_stop must be positive where the schedule is geometric, got {self.L_stop}")
             if not 0 < 1 - self.L_step < 1:
                 raise ValueError(f"L_step must be between 0 and 1 where the schedule is geometric, got {self.L_step}")
-            values += math.log(self.L_stop / self.L_start) / math.log(1 - self.L_step)
+            values += (math.log(self.L_stop) - math.log(self.L_start)) / math.log(1 - self.L_step)
         if values * self.epochs_per_L > MOST:
             raise ValueError(f"L_step must leave at most {MOST} epochs before the merge, got {self.L_step}")
         if self.trains_copies and self.L_schedule.epochs > self.epochs:
@@ -350,23 +352,23 @@ class Settings:
 
 
 def _of_type(name: str, hint: Any, value: Any) -> Any:
-    """The value, as its field holds it."""
+    """The value, as its field holds it: of Python's own types, since a checkpoint that held NumPy's would not be read."""
     if get_origin(hint) is Literal:
-        if value in get_args(hint):
-            return value
+        if isinstance(value, str) and value in get_args(hint):
+            return next(choice for choice in get_args(hint) if choice == value)
         wanted = f"one of {', '.join(get_args(hint))}"
     elif hint in (Path, Path | None):
         if value is None and hint is not Path:
             return None
-        if isinstance(value, str | os.PathLike) and str(value) and "\0" not in str(value):
+        if is_path(value):
             return Path(value)
         wanted = "a path"
     else:
-        kinds: tuple[type, ...] = (int, float) if hint is float else (hint,)
-        if isinstance(value, kinds) and (hint is bool or not isinstance(value, bool)):
-            return value
+        kind = {int: Integral, float: Real}.get(hint, hint)
+        if isinstance(value, kind) and (hint is bool or not isinstance(value, bool)):
+            return number(name, value) if hint is float else hint(value)
         wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}[hint]
-    raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
 
 
 HINTS: dict[str, Any] = get_type_hints(Settings)  # each field's type
