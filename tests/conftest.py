@@ -1,5 +1,7 @@
 """What all tests share: fresh random inputs, and the backends, dtypes, sizes and label patterns to run them over."""
 
+import ctypes
+import mmap
 import os
 import random
 
@@ -111,6 +113,17 @@ def pattern(kind: str, n: int, copies: int = 2):
         return partition, partition.flat()
     per_element = {"structural": whole, "mixed": runs, "random": random_bytes}[kind]
     return hta.Partition(per_element, blocks=copies), per_element
+
+
+def guarded(tensor):
+    """The same numbers up to a page's end, beyond which nothing may be read: an access there ends the process."""
+    page = mmap.PAGESIZE
+    size = (tensor.nbytes // page + 2) * page
+    memory = mmap.mmap(-1, size)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + size - page
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), page, 0) == 0
+    held = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=size - page - tensor.nbytes)
+    return held.view(tensor.shape).copy_(tensor)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, *terms: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import GPU, GPU_BACKENDS, needs_emulator, pattern
+from conftest import AVAILABLE, GPU, GPU_BACKENDS, guarded, needs_emulator, pattern
 from formatted import BF16, COPIES, F16, F32, SPLIT, STATES, assert_same, check, clones, run, tensors_of
 
 import hta_fused as hta
@@ -62,6 +62,19 @@ def test_every_format_leaves_the_references_bits(backend, coupling, proposal, m)
         tensors = tensors_of(m, 1500, PROPOSALS[proposal], copies, states, anchor, grads, low=number % 3 == 0)
         noise = None if states != "8 bits" and number % 5 == 0 else -number * 2**40
         check(backend, tensors, PROPOSALS[proposal], COUPLINGS[coupling], pattern(kind, 1500, m)[0], noise)
+
+
+@pytest.mark.skipif(GPU, reason="a card has compute-sanitizer")
+@pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "reference"], indirect=True)
+@pytest.mark.parametrize("m", [1, 2, 3, 5])
+def test_nothing_is_read_beyond_a_buffers_end(backend, m):
+    if few(backend) and m != 2:
+        pytest.skip("a case that Triton's interpreter is spared")
+    for number, (copies, states, anchor, grads) in enumerate(CASES[m :: 97 if few(backend) else 13]):
+        n, proposal = (1, 131, 1025, 1500)[number % 4], PROPOSALS["adamw" if number % 3 else "momentum"]
+        tensors = tensors_of(m, n, proposal, copies, states, anchor, grads, low=number % 3 == 0)
+        held = {k: list(map(guarded, v)) if isinstance(v, list) else guarded(v) for k, v in tensors.items()}
+        run(backend, held, proposal, COUPLINGS["elastic"])
 
 
 @each_backend

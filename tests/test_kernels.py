@@ -16,7 +16,7 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
-from conftest import AVAILABLE, GPU, GPU_BACKENDS, LABELS, needs_emulator, pattern, relative_error
+from conftest import AVAILABLE, GPU, GPU_BACKENDS, LABELS, guarded, needs_emulator, pattern, relative_error
 
 import hta_fused as hta
 from hta_fused import kernels, ops
@@ -127,6 +127,28 @@ def test_awkward_sizes(backend, n):
     for m, proposal in ((2, "momentum"), (5, "adamw")):
         tensors = tensors_of(m, n, torch.float32, PROPOSALS[proposal])
         assert_same(*both(tensors, pattern("mixed", n, m)[0], PROPOSALS[proposal], hta.Homotopy(0.05)))
+
+
+@pytest.mark.skipif(GPU, reason="a card has compute-sanitizer")
+@each_kernel
+@pytest.mark.parametrize("kind", ["bytes", "mixed", "hashed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("m", [1, 2, 3, 6])
+def test_nothing_is_read_beyond_a_buffers_end(backend, m, dtype, kind):
+    skip_slow(backend, m == 2)
+    for n, proposal in ((1, "momentum"), (7, "adamw"), (1028, "adamw"), (2047, "momentum"), (2500, "momentum")):
+        tensors = tensors_of(m, n, dtype, PROPOSALS[proposal])
+        held = {k: list(map(guarded, v)) if isinstance(v, list) else guarded(v) for k, v in tensors.items()}
+        labels = pattern(kind, n, m)[0]
+        if isinstance(labels, torch.Tensor):
+            labels = guarded(labels)
+        else:
+            for name in ("codes", "labels", "seed"):
+                part = getattr(labels, name)
+                if part is not None and part.numel():
+                    setattr(labels, name, guarded(part))
+        for coupling in ("homotopy", "explicit", "elastic"):
+            hta.coupled_step_(**held, labels=labels, proposal=PROPOSALS[proposal], coupling=COUPLINGS[coupling], step=3)
 
 
 @each_kernel
