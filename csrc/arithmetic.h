@@ -65,7 +65,8 @@ HTA_INLINE V square_root(V x) {
 // ----------------------------------------------------------------------------------------------------------- propose
 //
 // propose(x, g, state, number) leaves x, moves the state, returns the proposal. g comes multiplied by `sign`, which is
-// -1 where the loss is maximised. proposals.py makes the numbers.
+// -1 where the loss is maximised. Where g is inf or NaN the proposal must not be finite, by which the CPU's walk tells.
+// proposals.py makes the numbers.
 
 // torch.optim.SGD; without momentum its numbers make the state of no account.
 struct Sgd {
