@@ -416,7 +416,10 @@ HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, cons
   });
 }
 
-// sums: the anchor's, the pairs', NaN for a gradient that is not finite. In T within the range, in double beyond.
+// How many elements are summed in T before their sum joins the range's, in double: kTile in each lane.
+template <class T> constexpr int64_t kSummed = Lanes<T>::kCount * kTile;
+
+// sums: the anchor's, the pairs', NaN for a gradient that is not finite.
 template <class P, bool kStates, int kCopies, class T>
 void step_range_together(const StepArgs<T>& args, int64_t begin, int64_t end, double sums[3]) {
   constexpr int kMost = kCopies ? kCopies : kMaxCopies;
@@ -427,11 +430,17 @@ void step_range_together(const StepArgs<T>& args, int64_t begin, int64_t end, do
   Uniform<T> uniform[kMost + 1];
   Mixed<T, kCopies ? kCopies + 1 : 0> mixed[kMost + 1];
   const T* numbers = nullptr;  // whose rules `mixed` holds
+  int64_t summed = 0;
+  sums[0] = sums[1] = sums[2] = 0;
+  const auto fold = [&] {
+    sums[0] += anchored.total(), sums[1] += pairs.total();
+    anchored = pairs = {}, summed = 0;
+  };
   for (int64_t start = begin; start < end;) {
     int64_t tiles = 0;
     for (; tiles < (before ? kBlock : 1) && start < end; start += block[tiles++].count) {
       block[tiles].open(args.pattern, args.rules, m, m, args.anchor, start, end, true);
-      block[tiles].extend(args.pattern, end);
+      block[tiles].extend(args.pattern, std::min(end, start + kSummed<T>));
     }
     for (int32_t j = 0; j < before; ++j)
       for (int64_t b = 0; b < tiles; ++b) propose<P, kStates, false>(args, block[b], NoRules{}, scale, j, NoSum{});
@@ -445,9 +454,10 @@ void step_range_together(const StepArgs<T>& args, int64_t begin, int64_t end, do
         numbers = tile.numbers;
         step_together<P, kStates, kCopies>(args, tile, mixed, scale, anchored, pairs);
       }
+      if ((summed += tile.count) >= kSummed<T>) fold();
     }
   }
-  sums[0] = anchored.total(), sums[1] = pairs.total(), sums[2] = 0;
+  fold();
   // A gradient that is not finite leaves copies, and so sums, that are not. Only then are the gradients looked at.
   for (int32_t j = 0; j < m && !std::isfinite(sums[0] + sums[1]); ++j)
     sums[2] += poison_range(args.grads[j], begin, end, scale);
@@ -499,17 +509,20 @@ template <class P, bool kStates, bool kProposes, class T>
 void step_range_alone(const StepArgs<T>& args, int64_t begin, int64_t end, double sums[3]) {
   const T scale = T(1.0 / args.grad_scale.get(1));
   Tile<T>& tile = own_tiles<T>()[0];
-  Sum<T> anchored, poison;
+  Sum<T> poison;
+  sums[0] = sums[1] = 0;
   for (int64_t start = begin; start < end; start += tile.count) {
     tile.open(args.pattern, args.rules, 1, args.blocks, args.anchor, start, end, true);
-    tile.extend(args.pattern, end);
+    tile.extend(args.pattern, std::min(end, start + kSummed<T>));
+    Sum<T> anchored;
     if (tile.uniform >= 0) {
       step_alone<P, kStates, kProposes>(args, tile, Uniform<T>(tile, 0), Uniform<T>(tile, 1), scale, anchored, poison);
     } else {
       step_alone<P, kStates, kProposes>(args, tile, Mixed<T>(tile, 0), Mixed<T>(tile, 1), scale, anchored, poison);
     }
+    sums[0] += anchored.total();
   }
-  sums[0] = anchored.total(), sums[1] = 0, sums[2] = poison.total();
+  sums[2] = poison.total();
 }
 
 // Calls call(rules) with row j's rules over a tile, in either kind.
