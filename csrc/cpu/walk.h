@@ -240,9 +240,10 @@ template <class T, int kLabels = 0> struct Mixed {
 template <class T>
 double poison_range(const T* x, int64_t begin, int64_t end, T scale = 1) {
   Sum<T> poison;
+  const T* const row = x + begin;
   each<T>(end - begin, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
-    prefetch(begin + i, x);
-    const auto value = load<decltype(lanes)>(x + begin + i) * scale;
+    prefetch(i, row);
+    const auto value = load<decltype(lanes)>(row + i) * scale;
     poison.add(value - value);
   });
   return poison.total();
