@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import couplings, proposals
-from .checks import flag, number, shown, whole
+from .checks import choice, flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy
 from .kernels import kernels, library, reference
 from .kernels.reference import DTYPES, MAX_COPIES
@@ -596,8 +596,7 @@ def homotopy_step_(
     _check_low(lows, grad_dtype, theta)
     for name, copy in zip(("low_theta", "low_eta"), lows, strict=False):
         _check_like(name, copy, theta, grad_dtype)
-    if mode not in ("implicit", "explicit"):
-        raise ValueError(f"mode must be 'implicit' or 'explicit', got {shown(mode)}")
+    choice("mode", mode, "implicit", "explicit")
     if L is None:
         raise ValueError("L must be given")
     explicit = mode == "explicit"
