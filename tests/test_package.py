@@ -46,6 +46,16 @@ def test_every_public_name_is_documented():
     assert (ROOT / "hta_fused" / "py.typed").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "paper", "bench"])
+def test_an_import_brings_neither_torchs_compiler_nor_what_an_extra_installs(command):
+    """They would make every start one or two seconds longer, --help too."""
+    package = "hta_fused_bench" if command == "bench" else f"hta_fused.{command}"
+    heavy = {"torch._dynamo", "torch._inductor", "sympy", "triton", "scipy", "matplotlib", "sklearn"}
+    code = f"import sys, torch; torchs = set(sys.modules); import {package}.cli; print(*({heavy} & (sys.modules.keys() - torchs)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def build_wheel(source: Path, folder: Path, **environment: str) -> tuple[Path, str]:
     command = [
         sys.executable,

@@ -298,9 +298,12 @@ def _choose(device: torch.device, dtype: torch.dtype, grad: torch.dtype) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
 def _chosen(device: torch.device, dtype: torch.dtype, grad: torch.dtype) -> str:
     return _choose(device, dtype, grad)  # the compiler would trace through a cache
+
+
+# What torch.compiler.assume_constant_result does, which would first import the compiler: 1.2 s for all who never compile.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def kernels(like: Tensor, grad: Tensor | None = None, dtype: torch.dtype | None = None) -> Any:
