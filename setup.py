@@ -97,21 +97,46 @@ def cuda_targets(nvcc: str) -> tuple[list[str], str]:
 
 
 class Build(BuildExtension):
-    """Compiles launch.cu by itself, since torch.utils.cpp_extension refuses CUDA beside a CPU-only torch."""
+    """Compiles launch.cu by itself, since torch.utils.cpp_extension refuses CUDA beside a CPU-only torch; and meanwhile
+    the rest, which keeps one core busy as long."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.no_python_abi_suffix = True
 
+    def finalize_options(self) -> None:
+        # Where objects stay, so that only what has changed is compiled anew; pip has another folder each time.
+        self.build_temp = self.build_temp or "build/objects"
+        super().finalize_options()
+
     def build_extension(self, extension) -> None:
         if not HAS_TORCH:
             sys.exit(f"hta_fused: there is no {WANTED} to build against: `pip install torch`, then this again")
         nvcc = find_nvcc()
-        if nvcc is not None:
-            self.add_cuda(extension, nvcc)
-        super().build_extension(extension)
+        if nvcc is None:
+            return super().build_extension(extension)
+        command, out = self.add_cuda(extension, nvcc)
+        stamp, newest = out.with_suffix(".command"), max(path.stat().st_mtime for path in CUDA_SOURCES)
+        if out.exists() and stamp.exists() and stamp.read_text() == str(command) and out.stat().st_mtime > newest:
+            return super().build_extension(extension)
+        stamp.unlink(missing_ok=True)
+        process, compile_rest = subprocess.Popen(command), self.compiler.compile
 
-    def add_cuda(self, extension, nvcc: str) -> None:
+        def compile_beside(*args, **options):
+            objects = compile_rest(*args, **options)
+            if process.wait():
+                sys.exit(f"hta_fused: {nvcc} failed, see above; HTA_CUDA=0 builds without CUDA")
+            stamp.write_text(str(command))
+            return objects
+
+        self.compiler.compile = compile_beside
+        try:
+            super().build_extension(extension)
+        finally:
+            process.kill()
+
+    def add_cuda(self, extension, nvcc: str) -> tuple[list[str], Path]:
+        """Adds the CUDA kernels' object to the extension; returns the command that makes it, and where."""
         # nvcc on the PATH may be a script that stands for the real one: ask where the toolkit is.
         dry = subprocess.run(
             [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True
@@ -131,15 +156,12 @@ class Build(BuildExtension):
         if os.environ.get("CXX"):
             command += ["-ccbin", os.environ["CXX"].split()[0]]
         say(f"compiling CUDA kernels for {', '.join(targets)}{f', PTX of {ptx}' if ptx else ''}")
-        stamp, newest = out.with_suffix(".command"), max(path.stat().st_mtime for path in CUDA_SOURCES)
-        if not (out.exists() and stamp.exists() and stamp.read_text() == str(command) and out.stat().st_mtime > newest):
-            subprocess.run(command, check=True)
-            stamp.write_text(str(command))
         extension.extra_objects = [*extension.extra_objects, str(out)]
         extension.library_dirs.append(str(libraries))
         extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
         label = " ".join(targets) + ("+PTX" if ptx else "")
         extension.extra_compile_args["cxx"] += ["-DHTA_WITH_CUDA", f'-DHTA_CUDA_TARGETS="{label}"']
+        return command, out
 
 
 def extensions() -> list:
