@@ -67,11 +67,13 @@ $(READY): requirements.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*)
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-# A copy of the package, without CUDA kernels, which no client needs: the checkout keeps the extension that .venv has built.
-$(CLIENTS)/ready: tests/clients/requirements.txt setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/* hta_fused/*.py hta_fused/*/*.py)
+# A wheel of what .venv has built.
+$(CLIENTS)/ready: tests/clients/requirements.txt $(READY) $(wildcard hta_fused/*.py hta_fused/*/*.py)
 	test -x $(CLIENTS)/bin/python || python3 -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install -q -r tests/clients/requirements.txt
-	HTA_CUDA=0 $(CLIENTS)/bin/python -m pip install -q --no-build-isolation --no-deps .
+	rm -rf build/clients build/lib*
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/clients .
+	$(CLIENTS)/bin/python -m pip install -q --no-deps --force-reinstall build/clients/*.whl
 	touch $@
 
 clean:
