@@ -3,7 +3,7 @@
 //
 // Two ways through the same arithmetic. A whole step goes through all copies together, element by element. But 17 streams
 // through memory (AdamW, four copies) run at full speed and 25 do not (SGD, eight). So of more than four copies all but
-// two propose before, row by row through a block of kBlock tiles, and leave their proposals in their rows, which the
+// four propose before, row by row through a block of kBlock tiles, and leave their proposals in their rows, which the
 // cache still holds when all are taken together. What must look at all copies before they propose, or is cut at the sum
 // s, goes row by row to the end, while s and what else the copies share waits in the cache.
 namespace hta::cpu::HTA_ISA {
@@ -74,6 +74,30 @@ template <class T, class Body> HTA_INLINE void each(int64_t count, const Body& b
       HTA_UNROLL for (int64_t lane = 0; lane < kLine<T>; lane += kCount) body(typename Lanes<T>::V{}, i + lane);
   for (; i + kCount <= count; i += kCount) body(typename Lanes<T>::V{}, i);
   for (; i < count; ++i) body(T{}, i);
+}
+
+// The same with a body in two halves: the second is handed what the first has returned, while the first is at the lane group
+// after it. A core looks some hundred instructions ahead. Half as long a chain of results that wait for each other lets it
+// find twice as many that do not.
+template <class T, class First, class Second>
+HTA_INLINE void each_in_halves(int64_t count, const First& first, const Second& second) {
+  using V = typename Lanes<T>::V;
+  constexpr int64_t kCount = Lanes<T>::kCount;
+  const int64_t whole = count / kCount * kCount;
+  if (whole > 0) {
+    auto held = first(V{}, 0);
+    const auto next = [&](int64_t i) __attribute__((always_inline)) {
+      const auto following = first(V{}, i);
+      second(V{}, i - kCount, held);
+      held = following;
+    };
+    int64_t i = kCount;
+    for (; i + kLine<T> <= whole; i += kLine<T>)
+      HTA_UNROLL for (int64_t lane = 0; lane < kLine<T>; lane += kCount) next(i + lane);
+    for (; i < whole; i += kCount) next(i);
+    second(V{}, whole - kCount, held);
+  }
+  for (int64_t i = whole; i < count; ++i) second(T{}, i, first(T{}, i));
 }
 
 // A sum over lane groups and single elements.
@@ -353,55 +377,62 @@ HTA_INLINE void move_centre(const StepArgs<T>& args, Tile<T>& tile, const Rules&
 }
 
 // How many of m copies propose before the others.
-constexpr int32_t first_to_propose(int32_t m) { return m > 4 ? m - 2 : 0; }
+constexpr int32_t first_to_propose(int32_t m) { return std::max(m - 4, 0); }
 
 // The step over a tile, where the first copies have proposed. kCopies: how many there are, where that is known, so that
 // they fit the registers and the loops over them are unrolled.
 template <class P, bool kStates, int kCopies, class T, class Rules>
 HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, const Rules* rules, T scale, Sum<T>& anchored,
                               Sum<T>& pairs) {
-  constexpr int kMost = kCopies ? kCopies : kMaxCopies;
-  const int32_t m = kCopies ? kCopies : args.m, before = first_to_propose(m);
+  constexpr int kMost = kCopies ? kCopies : kMaxCopies, kProposing = kMost - first_to_propose(kMost);
+  const int32_t m = kCopies ? kCopies : args.m, before = m - kProposing;
   typename P::template Numbers<T> number;
   __builtin_memcpy(&number, tile.numbers, sizeof(number));
   scale *= number.sign;
-  T *x_[kMost], *v_[kMost], *w_[kMost];
-  const T *g_[kMost], *const z_ = tile.anchor;
+  T *x_[kMost], *v_[kProposing], *w_[kProposing];
+  const T *g_[kProposing], *const z_ = tile.anchor;
   T* const centre_ = args.centre ? args.centre + tile.start : nullptr;
   const Labels labels = tile.labels;
-  for (int j = 0; j < m; ++j) {
-    x_[j] = args.copies[j] + tile.start;
-    g_[j] = args.grads[j] + tile.start;
-    v_[j] = kStates ? args.states[j] + tile.start : nullptr;
-    w_[j] = P::kStates > 1 ? args.states[m + j] + tile.start : nullptr;
+  for (int j = 0; j < m; ++j) x_[j] = args.copies[j] + tile.start;
+  for (int k = 0; k < kProposing; ++k) {
+    g_[k] = args.grads[before + k] + tile.start;
+    v_[k] = kStates ? args.states[before + k] + tile.start : nullptr;
+    w_[k] = P::kStates > 1 ? args.states[m + before + k] + tile.start : nullptr;
   }
-  each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
+  const auto propose_all = [&](auto lanes, int64_t i) __attribute__((always_inline)) {
     using V = decltype(lanes);
-    V x[kMost], s{};
-    const auto label = Rules::template label<V>(labels, i);
+    struct {
+      decltype(Rules::template label<V>(labels, i)) of_label;
+      V a[kProposing];
+    } proposed{Rules::template label<V>(labels, i), {}};
     prefetch(i, z_);
-    const V z = load<V>(z_ + i);
-    HTA_UNROLL for (int j = 0; j < m; ++j) {
-      x[j] = load<V>(x_[j] + i);
-      if (j < before) continue;
-      prefetch(i, x_[j], g_[j]);
-      if (kStates) prefetch(i, v_[j]);
-      if (P::kStates > 1) prefetch(i, w_[j]);
+    HTA_UNROLL for (int k = 0; k < kProposing; ++k) {
+      proposed.a[k] = load<V>(x_[before + k] + i);
+      prefetch(i, x_[before + k], g_[k]);
+      if (kStates) prefetch(i, v_[k]);
+      if (P::kStates > 1) prefetch(i, w_[k]);
     }
+    HTA_UNROLL for (int k = 0; k < kProposing; ++k) {
+      const V g = load<V>(g_[k] + i) * scale;
+      V state[2] = {kStates ? load<V>(v_[k] + i) : V{}, P::kStates > 1 ? load<V>(w_[k] + i) : V{}};
+      proposed.a[k] = P::propose(proposed.a[k], g, state, number);
+      if (kStates) store(v_[k] + i, state[0]);
+      if (P::kStates > 1) store(w_[k] + i, state[1]);
+    }
+    return proposed;
+  };
+  const auto share_all = [&](auto lanes, int64_t i, const auto& proposed) __attribute__((always_inline)) {
+    using V = decltype(lanes);
+    const V z = load<V>(z_ + i);
+    V x[kMost], s{};
     HTA_UNROLL for (int j = 0; j < m; ++j) {
-      if (j >= before) {
-        const V g = load<V>(g_[j] + i) * scale;
-        V state[2] = {kStates ? load<V>(v_[j] + i) : V{}, P::kStates > 1 ? load<V>(w_[j] + i) : V{}};
-        x[j] = P::propose(x[j], g, state, number);
-        if (kStates) store(v_[j] + i, state[0]);
-        if (P::kStates > 1) store(w_[j] + i, state[1]);
-      }
-      const auto& rule = rules[j].at(label);
+      x[j] = j < before ? load<V>(x_[j] + i) : proposed.a[j - before];
+      const auto& rule = rules[j].at(proposed.of_label);
       s = j ? s + rule.read * x[j] : rule.read * x[j];
     }
     V gaps{};
     HTA_UNROLL for (int j = 0; j < m; ++j) {
-      const auto& rule = rules[j].at(label);
+      const auto& rule = rules[j].at(proposed.of_label);
       x[j] = shared(x[j], s, z, rule);
       store(x_[j] + i, x[j]);
       anchored.add(rule.anchored * ((x[j] - z) * (x[j] - z)));
@@ -413,8 +444,9 @@ HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, cons
       const V gap = (x[j] - x[0]) - part * gaps;
       pairs.add(T(m) * (gap * gap));
     }
-    if (centre_) store(centre_ + i, shared(load<V>(centre_ + i), s, z, rules[m].at(label)));
-  });
+    if (centre_) store(centre_ + i, shared(load<V>(centre_ + i), s, z, rules[m].at(proposed.of_label)));
+  };
+  each_in_halves<T>(tile.count, propose_all, share_all);
 }
 
 // How many elements are summed in T before their sum joins the range's, in double: kTile in each lane.
