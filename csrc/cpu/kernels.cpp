@@ -30,8 +30,6 @@
 
 namespace hta::cpu {
 alignas(64) constexpr uint32_t kFrom0[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-// Hardware prefetchers lose some of many streams at each page; six lines ahead was the best of several distances.
-constexpr int64_t kAhead = 384;
 constexpr int64_t kBlock = 16;  // tiles: 64 KiB of each buffer. Shorter runs through memory are slower; of longer ones the
                                 // second-level cache no longer holds the proposals when all are taken together
 }  // namespace hta::cpu

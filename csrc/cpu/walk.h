@@ -30,6 +30,9 @@ template <class V, class T> HTA_INLINE void store(T* p, V value) {
   else *reinterpret_cast<typename Lanes<T>::Unaligned*>(p) = value;
 }
 
+// Hardware prefetchers lose some of many streams at each page; six lane groups ahead was the best of several distances.
+constexpr int64_t kAhead = 6 * kBytes;
+
 // What comes kAhead further, once for each line; a prefetch past the end of a buffer is harmless.
 template <class T, class... Rest> HTA_INLINE void prefetch(int64_t i, const T* stream, const Rest*... rest) {
   if (i % kLine<T> == 0) __builtin_prefetch(reinterpret_cast<const char*>(stream + i) + kAhead);
@@ -124,9 +127,10 @@ template <class T> constexpr bool kHashes = sizeof(T) == sizeof(uint32_t);
 // The labels of a tile that mixes them. Apart, so that a loop can hold them: of all else in memory the compiler must
 // think that the loop's stores change it.
 struct Labels {
-  const uint8_t* bytes;  // or null: `keys` give them
-  HashKeys keys;
-  int32_t count;  // how many there are to choose from
+  const uint8_t* bytes;  // or null: they are hashed
+  int64_t seed, tile;    // of the first
+  HashKeys keys;         // of the tile that the loop is in
+  int32_t count;         // how many there are to choose from
 };
 
 template <class T> struct Tile {
@@ -156,19 +160,20 @@ template <class T> struct Tile {
       uniform = -1;
       for (int64_t i = 0; i < kTile; i += 64) __builtin_prefetch(labels.bytes + kTile + i);  // the next mixed tile's
     } else if (uniform == kHashed) {
-      uniform = -1, labels.bytes = nullptr, labels.keys = hash_keys(*pattern.seed, at);
+      uniform = -1, labels.bytes = nullptr, labels.seed = *pattern.seed, labels.tile = at;
       if (once && kHashes<T>) return;
       labels.bytes = hashed;
-      for (uint32_t i = 0; i < kTile; ++i) hashed[i] = hashed_label(labels.keys, i, uint32_t(blocks));
+      const HashKeys keys = hash_keys(*pattern.seed, at);
+      for (uint32_t i = 0; i < kTile; ++i) hashed[i] = hashed_label(keys, i, uint32_t(blocks));
     }
   }
 
-  // Up to `end`, as far as tiles are of one label, or their labels' bytes follow each other: the fewer starts, the fewer
-  // pauses.
+  // Up to `end`, as far as tiles are of one label, or hashed, or their labels' bytes follow each other: where
+  // memory is the limit, a loop that ends and begins again costs up to three hundred nanoseconds.
   void extend(const Pattern& pattern, int64_t end) {
-    if (anchor == zeros || (uniform < 0 && (!labels.bytes || labels.bytes == hashed))) return;
+    if (anchor == zeros || (uniform < 0 && labels.bytes == hashed)) return;
     const int32_t* const codes = pattern.codes;
-    const int32_t next = uniform < 0 ? -1 : 0;  // a row of bytes has its number's complement for a code
+    const int32_t next = uniform < 0 && labels.bytes ? -1 : 0;  // a row of bytes has its number's complement for a code
     const auto alike = [&](int64_t at) {
       return !codes || (codes[2 * at] == codes[2 * at - 2] && codes[2 * at + 1] == codes[2 * at - 1] + next);
     };
@@ -202,7 +207,7 @@ template <class T> struct Uniform {
     const T* r = tile.rule(tile.uniform, j);
     rule = {r[0], r[1], r[2], r[3], r[4]};
   }
-  template <class V> static HTA_INLINE int label(const Labels&, int64_t) { return 0; }
+  template <class V> static HTA_INLINE int label(Labels&, int64_t) { return 0; }
   HTA_INLINE const Rule<T>& at(int) const { return rule; }
 };
 
@@ -222,11 +227,14 @@ template <class T, int kLabels = 0> struct Mixed {
       for (int k = 0; k < kRule; ++k) table[k][l] = tile.rule(l, j)[k];
   }
 
-  // A label above the range is the last.
-  template <class W> static HTA_INLINE auto label(const Labels& labels, int64_t i) {
+  // To be asked for in the elements' order. A label above the range is the last.
+  template <class W> static HTA_INLINE auto label(Labels& labels, int64_t i) {
     const int32_t count = kLabels ? kLabels : labels.count;
     if constexpr (kHashes<T>) {
-      if (!labels.bytes) return hashed<W>(labels.keys, i, count);
+      if (!labels.bytes) {
+        if (i % kTile == 0) labels.keys = hash_keys(labels.seed, labels.tile + i / kTile);
+        return hashed<W>(labels.keys, i % kTile, count);
+      }
     }
     if constexpr (std::is_same_v<W, T>) return Integer(std::min<int32_t>(labels.bytes[i], count - 1));
     else return smaller<T>(widen<T>(labels.bytes + i), Index{} + Integer(count - 1));
@@ -392,7 +400,7 @@ HTA_INLINE void step_together(const StepArgs<T>& args, const Tile<T>& tile, cons
   T *x_[kMost], *v_[kProposing], *w_[kProposing];
   const T *g_[kProposing], *const z_ = tile.anchor;
   T* const centre_ = args.centre ? args.centre + tile.start : nullptr;
-  const Labels labels = tile.labels;
+  Labels labels = tile.labels;
   for (int j = 0; j < m; ++j) x_[j] = args.copies[j] + tile.start;
   for (int k = 0; k < kProposing; ++k) {
     g_[k] = args.grads[before + k] + tile.start;
@@ -509,7 +517,7 @@ HTA_INLINE void step_alone(const StepArgs<T>& args, const Tile<T>& tile, const R
   T* const v_ = kProposes && kStates ? args.states[0] + tile.start : nullptr;
   T* const w_ = kProposes && P::kStates > 1 ? args.states[1] + tile.start : nullptr;
   T* const centre_ = args.centre ? args.centre + tile.start : nullptr;
-  const Labels labels = tile.labels;
+  Labels labels = tile.labels;
   each<T>(tile.count, [&](auto lanes, int64_t i) __attribute__((always_inline)) {
     using V = decltype(lanes);
     prefetch(i, x_, s_);
