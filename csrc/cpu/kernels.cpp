@@ -1,7 +1,7 @@
 // The CPU kernels: picks the instruction set once, shares the work out, and sums in a fixed order.
 //
-// walk.h and packed.h are compiled once per instruction set, into a namespace each, so that one library serves any x86-64. All of
-// them do the same operations on each element; only the order inside the sums follows the register's width.
+// isa.h is compiled once per instruction set, into a namespace each, so that one library serves any x86-64. All of them do
+// the same operations on each element; only the order inside the sums follows the register's width.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -37,10 +37,7 @@ constexpr int64_t kBlock = 16;  // tiles: 64 KiB of each buffer. Shorter runs th
 #define HTA_ISA plain
 #define HTA_BYTES 16
 #define HTA_SHUFFLES 0
-#include "walk.h"
-#include "packed.h"
-#undef HTA_ISA
-#undef HTA_BYTES
+#include "isa.h"
 #undef HTA_SHUFFLES
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -55,10 +52,7 @@ constexpr int64_t kBlock = 16;  // tiles: 64 KiB of each buffer. Shorter runs th
 #endif
 #define HTA_ISA avx2
 #define HTA_BYTES 32
-#include "walk.h"
-#include "packed.h"
-#undef HTA_ISA
-#undef HTA_BYTES
+#include "isa.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))), apply_to = function)
@@ -69,10 +63,7 @@ constexpr int64_t kBlock = 16;  // tiles: 64 KiB of each buffer. Shorter runs th
 #endif
 #define HTA_ISA avx512
 #define HTA_BYTES 64
-#include "walk.h"
-#include "packed.h"
-#undef HTA_ISA
-#undef HTA_BYTES
+#include "isa.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

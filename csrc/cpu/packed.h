@@ -1,5 +1,5 @@
 // The CPU's step over buffers in formats of their own: a tile at a time they are unpacked into the cache, stepped there by
-// walk.h, and packed again. Included by kernels.cpp after walk.h, once per instruction set.
+// step.h, and packed again.
 namespace hta::cpu::HTA_ISA {
 
 // kCount codes as words, and back; a signed type's sign is extended. GCC 12 would move them one by one.
@@ -236,7 +236,7 @@ inline void packed_range(const StepArgs<Packed>& args, Loop loop, int64_t begin,
   for (int64_t start = begin; start < end; start += kTile) {
     const int64_t count = std::min(kTile, end - start), tile = start / kTile;
     room.clear();
-    // Where walk.h finds a row's tile: where it is, or unpacked.
+    // Where step.h finds a row's tile: where it is, or unpacked.
     const auto opened = [&](const Row& row) {
       if (row.format == kFloat32) return static_cast<float*>(row.data);
       float* const to = room.row();
