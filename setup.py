@@ -18,6 +18,7 @@ import shutil
 import site
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -113,25 +114,29 @@ class Build(BuildExtension):
         if not HAS_TORCH:
             sys.exit(f"hta_fused: there is no {WANTED} to build against: `pip install torch`, then this again")
         nvcc = find_nvcc()
-        if nvcc is None:
-            return super().build_extension(extension)
-        command, out = self.add_cuda(extension, nvcc)
+        with self.cuda_beside(*self.add_cuda(extension, nvcc)) if nvcc else nullcontext():
+            super().build_extension(extension)
+
+    @contextmanager
+    def cuda_beside(self, command: list[str], out: Path):
+        """While it is open nvcc runs, if it must; what g++ compiles meanwhile is not linked before nvcc is done."""
         stamp, newest = out.with_suffix(".command"), max(path.stat().st_mtime for path in CUDA_SOURCES)
         if out.exists() and stamp.exists() and stamp.read_text() == str(command) and out.stat().st_mtime > newest:
-            return super().build_extension(extension)
+            yield
+            return
         stamp.unlink(missing_ok=True)
         process, compile_rest = subprocess.Popen(command), self.compiler.compile
 
-        def compile_beside(*args, **options):
+        def compile_and_wait(*args, **options):
             objects = compile_rest(*args, **options)
             if process.wait():
-                sys.exit(f"hta_fused: {nvcc} failed, see above; HTA_CUDA=0 builds without CUDA")
+                sys.exit(f"hta_fused: {command[0]} failed, see above; HTA_CUDA=0 builds without CUDA")
             stamp.write_text(str(command))
             return objects
 
-        self.compiler.compile = compile_beside
+        self.compiler.compile = compile_and_wait
         try:
-            super().build_extension(extension)
+            yield
         finally:
             process.kill()
 
