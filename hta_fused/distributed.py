@@ -17,6 +17,11 @@ from .kernels import kernels
 from .kernels.reference import MAX_COPIES, NUMBERS, PROPOSE, RULE, SHARE, TILE, rules_of_copy
 from .ops import step_buffers
 
+if torch.distributed.is_available():
+    # The first optimizer imports it with the compiler. Once a group is there, its functions hold that as a default for
+    # good: it would outlive destroy_process_group(), and gloo's threads, at the interpreter's end, abort the process.
+    import torch.distributed.nn.functional
+
 PIECE = 2048 * TILE  # elements that are sent at once: 8 MiB of float32
 WIRE = ("float32", "bfloat16")
 
@@ -47,7 +52,7 @@ class Processes:
             raise ValueError("group must be one that this process is in, got one that it is not in")
         if not isinstance(group, torch.distributed.ProcessGroup):
             raise TypeError(f"group must be a process group or a DeviceMesh, got {shown(group)}")
-        self._group = weakref.ref(group)  # held at the interpreter's end, gloo's threads would abort the process
+        self._group = weakref.ref(group)  # so that destroy_process_group() ends it, and gloo's threads
         self.communicate = communicate
         self.rank, self.size = group.rank(), group.size()
         if self.size > MAX_COPIES:

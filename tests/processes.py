@@ -1,5 +1,6 @@
 """Real processes for tests: `run(function, size, *arguments)` calls function(rank, size, *arguments) in each, over gloo."""
 
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -12,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _process(rank: int, size: int, folder: str, function: Any, arguments: tuple[Any, ...]) -> None:
+def _process(rank: int, size: int, folder: str, environ: dict[str, str], function: Any, arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environ)  # the server's is of when it began
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(f"{folder}/store", size)
@@ -24,6 +26,9 @@ def _process(rank: int, size: int, folder: str, function: Any, arguments: tuple[
         result = error.with_traceback(None)
         result.__cause__ = result.__context__ = None
     torch.save(result, f"{folder}/{rank}.pt")
+    store.set(f"done {rank}", "")
+    if not isinstance(result, Exception):  # then the others are about to end as well: nobody hangs up while they listen
+        store.wait([f"done {other}" for other in range(size)], timedelta(seconds=60))
     dist.destroy_process_group()
 
 
@@ -38,8 +43,11 @@ def run(function: Any, size: int, *arguments: Any) -> list[Any]:
 
 def attempt(function: Any, size: int, *arguments: Any) -> list[Any]:
     """What each process returned or raised."""
+    # Forked from a server that has imported what takes seconds; the compiler, too, which comes with an optimizer.
+    multiprocessing.set_forkserver_preload([__name__, function.__module__, "torch._dynamo"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_process, (size, folder, function, arguments), nprocs=size, join=True)
+        what = size, folder, dict(os.environ), function, arguments
+        mp.start_processes(_process, what, nprocs=size, start_method="forkserver")
         for rank in range(size):
             trace = Path(f"{folder}/{rank}.trace")
             if trace.exists():

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 from copy import deepcopy
 from pathlib import Path
 
@@ -521,6 +522,23 @@ def test_the_documents_script_runs_under_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert len(torch.load(tmp_path / "merged.pt", weights_only=True)) == 4
+
+
+def test_a_destroyed_group_is_gone_though_copies_and_optimizer_are_there():
+    """What held it would leave gloo's threads to the interpreter's end, which aborts the process now and then."""
+    code = """
+        import weakref, torch, torch.distributed as dist
+        import hta_fused as hta
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        replicas = hta.Replicas(torch.nn.Linear(4, 4), group=dist.group.WORLD)
+        optimizer = hta.HomotopySGD(replicas, lr=0.1)
+        replicas.backward(lambda net: net(torch.ones(1, 4)).sum())
+        optimizer.step()
+        merged, group = replicas.merge(), weakref.ref(dist.group.WORLD)
+        dist.destroy_process_group()
+        assert group() is None
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
 
 
 # ------------------------------------------------------------------------------------------------- what all are told
