@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ class Coupling:
     every: int = field(default=1, kw_only=True)
     moves_anchor: ClassVar[bool] = False
     buffers: ClassVar[tuple[str, ...]] = ()  # a copy's own, besides the proposal's
+
+    def __new__(cls, *_: Any, **__: Any) -> "Coupling":
+        # Without this the compiler of torch 2.10 and 2.11 takes `every`, which is first, for what comes by position.
+        return object.__new__(cls)
 
     @property
     def explicit(self) -> bool:

@@ -428,7 +428,7 @@ def coupled_step_(
             another argument, labels exceed m, no anchor to move, settings too large for the dtype.
         TypeError: dtypes differ or are not floating, or an argument is no tensor.
     """
-    if not isinstance(proposal, Proposal):
+    if not isinstance(proposal, proposals.KINDS):
         raise TypeError(f"proposal must be an SGD or AdamW, got {shown(proposal)}")
     if not isinstance(coupling, Coupling):
         raise TypeError(f"coupling must be one of those in couplings, got {shown(coupling)}")

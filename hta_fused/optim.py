@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from . import proposals
 from .checks import choice, flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy, Parle
 from .distributed import StepAcross
@@ -91,7 +92,7 @@ class CoupledOptimizer(FlatState):
             raise TypeError(
                 f"replicas must be Replicas, got {shown(replicas)}; wrap the model, not its parameters: Replicas(model)"
             )
-        if not isinstance(proposal, Proposal):
+        if not isinstance(proposal, proposals.KINDS):
             raise TypeError(f"proposal must be an SGD or AdamW, got {shown(proposal)}")
         flag("skip_nonfinite", skip_nonfinite)
         flag("capturable", capturable)

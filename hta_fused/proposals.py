@@ -145,7 +145,8 @@ class AdamW:
 
 
 Proposal = SGD | AdamW
-BY_NAME: dict[str, type[SGD] | type[AdamW]] = {"SGD": SGD, "AdamW": AdamW}
+KINDS = (SGD, AdamW)  # for isinstance, which the compiler of torch 2.10 does not follow into a union
+BY_NAME = {kind.__name__: kind for kind in KINDS}
 
 
 def _check_range(name: str, value: float) -> None:

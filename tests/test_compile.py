@@ -258,6 +258,9 @@ def test_a_training_step_compiles_once_and_is_the_eager_one(proposal, part, comp
     assert optimizer.steps == twin.steps == 12
 
 
+@pytest.mark.skipif(
+    torch.__version__.split(".")[:2] in (["2", "10"], ["2", "11"]), reason="torch cannot trace it: an optimizer's attribute"
+)
 def test_L_may_be_assigned_inside_a_compiled_step():
     x, y = torch.randn(12, 8, 1, 4, 4), torch.randint(0, 16, (12, 8))
     optimizer = hta.HomotopySGD(hta.Replicas(Net()), 0.05, 0.9)
