@@ -191,9 +191,9 @@ class Stopped:
         newest.write_bytes(payload)
         for other in (previous, self.out / "config.json"):  # which would speak first
             other.unlink(missing_ok=True)
-        before = {p.name: p.read_bytes() for p in self.out.iterdir() if p.name != ".lock"}
+        before = {p: p.read_bytes() for p in self.out.rglob("*") if p.is_file() and p.name != ".lock"}
         raises((ValueError, OSError), str(newest), lambda: Trainer.resume(self.out, report=silent))
-        after = {p.name: p.read_bytes() for p in self.out.iterdir() if p.name != ".lock"}
+        after = {p: p.read_bytes() for p in self.out.rglob("*") if p.is_file() and p.name != ".lock"}
         assert before == after, "wrote something"
 
 

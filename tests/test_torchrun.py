@@ -114,7 +114,7 @@ def test_a_death_is_told_in_one_line_and_one_process_goes_on(tmp_path, alone):
         r"rank 0, in epoch 2 of hta-seed0: rank 1 \(process \d+ on .*\) has ended.*; go on with: torchrun", line
     )
     assert {file.name for file in out.iterdir()} <= {
-        ".lock", "checkpoint.pt", "checkpoint.previous.pt", "config.json", "metrics.jsonl"
+        ".lock", "checkpoint.pt", "checkpoint.previous.pt", "config.json", "metrics.jsonl", "tensorboard"
     }  # fmt: skip
     assert Trainer.resume(out, report=stress.silent).train()
     same_results(alone, out)

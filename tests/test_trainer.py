@@ -133,12 +133,14 @@ def test_every_setting_trains(tmp_path, changes):
         assert rows[0]["L"] == "inf"
 
 
-def test_tensorboard_is_written_to_where_it_is_installed(tmp_path, monkeypatch):
-    written, closed = [], []
+@pytest.mark.parametrize("name", ["run", "z\udcff"])
+def test_tensorboard_is_written_to_where_it_is_installed(tmp_path, monkeypatch, name):
+    written, closed, said = [], [], []
 
     class SummaryWriter:
         def __init__(self, folder):
-            assert folder == str(tmp_path / "run" / "tensorboard")
+            assert folder == str(tmp_path / name / "tensorboard")
+            folder.encode()  # as the real one does
 
         def add_scalar(self, *what):
             written.append(what)
@@ -147,11 +149,13 @@ def test_tensorboard_is_written_to_where_it_is_installed(tmp_path, monkeypatch):
             closed.append(True)
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    settings = replace(TINY, method="sgd", epochs=1, out=tmp_path / "run")
-    Trainer(settings, report=lambda _: None).train()
-    row = metrics(tmp_path / "run")[0]
-    assert ("sgd-seed0/test_accuracy", row["test_accuracy"], 1) in written
-    assert closed
+    settings = replace(TINY, method="sgd", epochs=1, out=tmp_path / name)
+    Trainer(settings, report=said.append).train()
+    row = metrics(tmp_path / name)[0]
+    wanted = name == "run"
+    assert (("sgd-seed0/test_accuracy", row["test_accuracy"], 1) in written) is wanted
+    assert bool(closed) is wanted
+    assert any(line.startswith("nothing is written for TensorBoard") for line in said) is not wanted
 
 
 # ------------------------------------------------------------------------------------------------- stopped and resumed

@@ -115,7 +115,7 @@ class Trainer:
             team.together(lambda: self._take(content))
         try:
             self._write_records()
-            self._tensorboard = _tensorboard(self.out) if team.leads else None
+            self._tensorboard = _tensorboard(self.out, self.report) if team.leads else None
         except BaseException:
             if self._folder is not None:
                 self._folder.close()
@@ -405,9 +405,13 @@ def _check_record(config: Path, settings: Settings) -> None:
         raise ValueError(f"{config}: {differences}: {cure}")
 
 
-def _tensorboard(out: Path) -> Any:
+def _tensorboard(out: Path, report: Callable[[str], None]) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(out / "tensorboard"))
+    try:
+        return SummaryWriter(str(out / "tensorboard"))
+    except UnicodeError as error:  # it writes to folders with names in UTF-8 only
+        report(f"nothing is written for TensorBoard: {error}")
+        return None
