@@ -13,7 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _process(rank: int, size: int, folder: str, environ: dict[str, str], function: Any, arguments: tuple[Any, ...]) -> None:
+def _process(
+    rank: int, size: int, folder: str, environ: dict[str, str], function: Any, arguments: tuple[Any, ...]
+) -> None:
     os.environ.update(environ)  # the server's is of when it began
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

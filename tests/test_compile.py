@@ -259,7 +259,8 @@ def test_a_training_step_compiles_once_and_is_the_eager_one(proposal, part, comp
 
 
 @pytest.mark.skipif(
-    torch.__version__.split(".")[:2] in (["2", "10"], ["2", "11"]), reason="torch cannot trace it: an optimizer's attribute"
+    torch.__version__.split(".")[:2] in (["2", "10"], ["2", "11"]),
+    reason="torch cannot trace it: an optimizer's attribute",
 )
 def test_L_may_be_assigned_inside_a_compiled_step():
     x, y = torch.randn(12, 8, 1, 4, 4), torch.randint(0, 16, (12, 8))
