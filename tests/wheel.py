@@ -17,7 +17,9 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("test_ops.py", "test_optim.py", "test_path.py")
+# Of what the package is imported for. Its commands want more than it depends on: they are the checkout's to test.
+TESTS = [f"test_{name}.py" for name in ("ops", "couplings", "proposals", "partition", "formats", "replicas", "module", "optim", "schedule",
+         "bad_inputs", "compile", "distributed", "path")]  # fmt: skip
 QUICK = "not triton and not nvrtc"  # their interpreter and emulator take minutes, and are the checkout's tests
 SMOKE = """
 import sys, warnings
@@ -82,7 +84,8 @@ def main() -> None:
     print(f"wheel: {contents(wheel)}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "clients"))
+        for part in ("tests", "docs"):  # whose code is tested
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "clients"))
         for torch in options.torch:
             python = environment(options.python, torch)
             install = [python, "-m", "pip", "install", "--no-deps", "--force-reinstall"]
