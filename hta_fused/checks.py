@@ -89,3 +89,13 @@ def field_types(settings: Any) -> None:
             object.__setattr__(settings, f.name, plain(value))
         elif f.type is bool:
             flag(f.name, value)
+
+
+def concrete(tensor: Tensor) -> bool:
+    """Whether a tensor has values that Python may look at: neither the compiler's nor a fake one."""
+    return not (torch.compiler.is_compiling() or hasattr(tensor, "fake_mode") or tensor.is_meta or fakes())
+
+
+def fakes() -> bool:
+    """Whether a FakeTensorMode is on."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None

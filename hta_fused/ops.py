@@ -1,9 +1,7 @@
-"""The public ops: argument checks around the kernels. Imports checks, kernels, proposals and couplings; knows nothing of models
-or optimizers."""
+"""The public ops: argument checks around the kernels. Imports checks, rules, kernels, proposals and couplings; knows nothing of
+models or optimizers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,12 +12,13 @@ from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import couplings, proposals
-from .checks import choice, flag, number, shown, whole
-from .couplings import Coupling, Explicit, Homotopy
+from . import proposals
+from .checks import choice, concrete, flag, number, shown, whole
+from .couplings import Coupling
 from .kernels import kernels, library, reference
 from .kernels.reference import DTYPES, MAX_COPIES
-from .proposals import SGD, AdamW, Proposal
+from .proposals import SGD, Proposal
+from .rules import check_size, coupled_rules, homotopy_rules
 
 if TYPE_CHECKING:
     from .partition import Partition
@@ -27,137 +26,7 @@ if TYPE_CHECKING:
 Rows = Tensor | Sequence[Tensor]
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules
-
-
-def rules_of(
-    proposal: Proposal, coupling: Coupling, copies: int, step: int = 1, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """One parameter group's row of the kernels' `rules` at a step: the proposal's numbers, then the coupling's rules.
-
-    On the CPU, in the dtype that the kernel computes in; csrc/args.h has the layout.
-
-    Raises:
-        ValueError: a number is not finite there, or so large that its square is not; AdamW's eps is 0 there.
-    """
-    numbers = torch.tensor(proposal.numbers(step), dtype=torch.float64, device="cpu")
-    rules = torch.cat([numbers, coupling.rules(copies, proposal.step_size, step).flatten()])
-    if _concrete(rules):  # else `checked` does it
-        _check_size(rules, dtype, f"{proposal} and {coupling}")
-    if isinstance(proposal, AdamW) and not isinstance(proposal.eps, Tensor) and proposal.eps < torch.finfo(dtype).tiny:
-        raise ValueError(f"eps must be at least {torch.finfo(dtype).tiny:.3g} in {dtype}, got {proposal.eps}")
-    return rules.to(dtype)
-
-
-def _check_size(rules: Tensor, dtype: torch.dtype, made_of: str) -> None:
-    limit = torch.finfo(dtype).max ** 0.5
-    if not (worst := float(rules.abs().amax())) <= limit:  # NaN too
-        raise ValueError(f"{made_of} must give numbers of at most {limit:.2g} in {dtype}, got {worst:.3g}")
-
-
-# Under torch.compile the rules are made at run time by an op, from numbers in tensors: the compiler would make a constant
-# of a float that Python computes with or that an op takes, and compile anew for each L.
-library.define(
-    "rules(Tensor[] numbers, str proposal, str coupling, str mode, SymInt every, SymInt step, int copies, "
-    "ScalarType dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.register_fake("hta_fused::rules", lib=library)
-def _(numbers, proposal, coupling, mode, every, step, copies, dtype):
-    width = reference.NUMBERS + (copies + 1) ** 2 * reference.RULE
-    return torch.empty((1, width), dtype=dtype, device="cpu")
-
-
-def _numbered_rules(numbers, proposal, coupling, mode, every, step, copies, dtype) -> Tensor:
-    """`rules_of` settings objects that are given by their classes' names and their numbers in the fields' order."""
-    values = map(float, numbers)
-    made_of = _remade(proposals.BY_NAME[proposal], values)
-    coupled_by = _remade(couplings.BY_NAME[coupling], values, mode=mode, every=every)
-    return rules_of(made_of, coupled_by, copies, step, dtype)[None]
-
-
-library.impl("rules", _numbered_rules, "CompositeExplicitAutograd")
-
-
-def _numbers(of: Proposal | Coupling) -> list[Any]:
-    """The inverse of `_remade`."""
-    values: list[Any] = []
-    for f in fields(of):
-        if f.name not in ("mode", "every"):
-            value = getattr(of, f.name)
-            values += value if isinstance(value, tuple) else [value]
-    return values
-
-
-def _remade(kind: type, values: Iterator[float], **others: Any) -> Any:
-    settings = {}
-    for f in fields(kind):
-        if f.name in others:
-            settings[f.name] = others[f.name]
-        elif f.type in (float, bool):
-            settings[f.name] = f.type(next(values))
-        else:  # AdamW's betas
-            settings[f.name] = next(values), next(values)
-    return kind(**settings)
-
-
-def _as_tensors(values: list[Any]) -> list[Tensor]:
-    zero = torch.zeros((), dtype=torch.float64, device="cpu")  # adding lets a float vary; filling makes it a constant
-    return [v.detach().cpu() if isinstance(v, Tensor) else zero + v for v in values]
-
-
-def _sgd_rules(
-    L: float, lr: float, momentum: float, weight_decay: float, nesterov: bool, explicit_mode: bool, copies: int,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """`rules_of` SGD and equation (3)."""
-    coupling = Explicit(L) if explicit_mode else Homotopy(L)
-    return rules_of(SGD(lr, momentum, weight_decay, nesterov), coupling, copies, 1, dtype)[None]
-
-
-def _cached(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keeps what was made last, as plain tensors: under inference_mode or a transform of torch.func it would be theirs alone."""
-
-    @lru_cache(maxsize=64)
-    def plain(*arguments: Any) -> Tensor:
-        with torch.inference_mode(False):
-            return make(*arguments)
-
-    def cached(*arguments: Any) -> Tensor:
-        return make(*arguments) if torch._C._are_functorch_transforms_active() else plain(*arguments)
-
-    return cached
-
-
-_cached_sgd_rules = _cached(_sgd_rules)
-
-
-def _homotopy_rules(like: Tensor, L, lr, momentum, weight_decay, nesterov, explicit_mode, copies, dtype) -> Tensor:
-    if _concrete(like):
-        return _cached_sgd_rules(L, lr, momentum, weight_decay, nesterov, explicit_mode, copies, dtype)
-    numbers = _as_tensors([lr, momentum, weight_decay, nesterov, False, L])  # False: not maximize
-    coupling = "Explicit" if explicit_mode else "Homotopy"
-    return torch.ops.hta_fused.rules(numbers, "SGD", coupling, "", 1, 1, copies, dtype)
-
-
-_cached_rules = _cached(rules_of)
-
-
-def _rules(like: Tensor, proposal: Proposal, coupling: Coupling, copies: int, step: int, dtype: torch.dtype) -> Tensor:
-    if _concrete(like):
-        if isinstance(proposal.lr, Tensor):
-            proposal = replace(proposal, lr=float(proposal.lr))
-        known = couplings.BY_NAME.get(type(coupling).__name__) is type(coupling)  # a user's own may be anything
-        return (_cached_rules if known else rules_of)(proposal, coupling, copies, step, dtype)[None]
-    name = type(coupling).__name__
-    if couplings.BY_NAME.get(name) is not type(coupling):  # a user's own, whose rules the compiler traces
-        return rules_of(proposal, coupling, copies, step, dtype)[None]
-    numbers = _as_tensors([*_numbers(proposal), *_numbers(coupling)])
-    mode = getattr(coupling, "mode", "")
-    return torch.ops.hta_fused.rules(numbers, type(proposal).__name__, name, mode, coupling.every, step, copies, dtype)
-
+# Checks at the boundary
 
 # What depends on values is checked at run time under torch.compile too: the step reads the rules that this returns.
 library.define("checked(Tensor rules, Tensor? labels, int copies) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -169,17 +38,13 @@ def _(rules, labels, copies):
 
 
 def _checked(rules: Tensor, labels: Tensor | None, copies: int) -> Tensor:
-    _check_size(rules, rules.dtype, "settings")
+    check_size(rules, rules.dtype, "settings")
     if labels is not None:
         _check_labels(labels, copies)
     return rules.clone()
 
 
 library.impl("checked", _checked, "CompositeExplicitAutograd")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks at the boundary
 
 
 def _check_like(
@@ -229,7 +94,7 @@ def _pattern(
         return None, None, None
     if isinstance(labels, Tensor):
         _check_like("labels", labels, first, torch.uint8)
-        if _concrete(labels):
+        if concrete(labels):
             _check_labels(labels, copies)
         return None, labels.reshape(-1), None
     if not hasattr(labels, "codes"):
@@ -245,18 +110,8 @@ def _pattern(
 
 def _setting(name: str, value: Any, like: Tensor) -> float | Tensor:
     """A number. Where values are not known, as under the compiler, a tensor of one stays a tensor; `rules_of` checks it."""
-    late = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point() and not _concrete(like)
+    late = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point() and not concrete(like)
     return value if late else number(name, value)
-
-
-def _concrete(tensor: Tensor) -> bool:
-    """Whether a tensor has values that Python may look at: neither the compiler's nor a fake one."""
-    return not (torch.compiler.is_compiling() or hasattr(tensor, "fake_mode") or tensor.is_meta or fakes())
-
-
-def fakes() -> bool:
-    """Whether a FakeTensorMode is on."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def _check_labels(labels: Tensor, copies: int) -> None:
@@ -283,7 +138,7 @@ def as_scalar(name: str, value: Any, first: Tensor) -> Tensor | None:
         raise ValueError(
             f"{name} must be one float32 or float64 number, got {value.dtype} of shape {tuple(value.shape)}"
         )
-    if scale is None and value.device.type == "cpu" and _concrete(value):
+    if scale is None and value.device.type == "cpu" and concrete(value):
         scale = float(value)
     if name == "grad_scale" and scale is not None:
         limits = torch.finfo(reference.arithmetic(first.dtype))
@@ -456,7 +311,7 @@ def coupled_step_(
     if coupling.buffers:
         raise ValueError("coupling must not be Parle, whose points an optimizer keeps: see CoupledOptimizer")
     step = whole("step", step, 1, 2**63 - 1)
-    rules = _rules(first, proposal, coupling, m, step, reference.arithmetic(first.dtype))
+    rules = coupled_rules(first, proposal, coupling, m, step, reference.arithmetic(first.dtype))
     _run({"copies": x, **buffers, "low": lows}, g, anchor, labels, rules, proposal.kernel, coupling.explicit,
          coupling.moves_anchor, grad_scale, found_inf, skip_nonfinite, stats)  # fmt: skip
 
@@ -499,7 +354,7 @@ def _run(written: dict[str, list[Tensor]], g, anchor, labels, rules, kernel, exp
     codes, bytes_, seed = _pattern(labels, first, len(x))
     stats = _as_stats(stats, first)
     scale, found = as_scalar("grad_scale", grad_scale, first), as_scalar("found_inf", found_inf, first)
-    if _concrete(first):
+    if concrete(first):
         read = {"grads": g, "labels": [bytes_], "grad_scale": [scale], "found_inf": [found]}
         (written if moves_anchor else read)["anchor"] = [anchor]
         _check_apart({**written, "stats": [stats]}, read, names)
@@ -600,7 +455,7 @@ def homotopy_step_(
     if L is None:
         raise ValueError("L must be given")
     explicit = mode == "explicit"
-    rules = _homotopy_rules(
+    rules = homotopy_rules(
         theta, _setting("L", L, theta), rate, momentum, decay, nesterov, explicit, 2, reference.arithmetic(theta.dtype)
     )
     states = {"momentum": [v for _, v in momenta]} if momentum else {}  # without it left alone, as torch.optim.SGD
@@ -712,7 +567,7 @@ def homotopy_penalty_accumulate_(
     arguments = _penalty_arguments(theta, eta, anchor, labels, L)
     for name, grad in (("grad_theta", grad_theta), ("grad_eta", grad_eta)):
         _check_like(name, grad, theta)
-    if _concrete(theta):
+    if concrete(theta):
         read = {"theta": [theta], "eta": [eta], "anchor": [anchor], "labels": [arguments[2]]}
         _check_apart({"grad_theta": [grad_theta], "grad_eta": [grad_eta]}, read, {})
     with torch.no_grad():
@@ -728,8 +583,8 @@ def _penalty_arguments(theta, eta, anchor, labels, L: float) -> tuple[Any, ...]:
     strength = _setting("L", L, theta)
     if not isinstance(strength, Tensor) and not 0 < strength < float("inf"):
         raise ValueError(f"L must be positive and finite, got {L}")
-    rules = _homotopy_rules(theta, strength, 1.0, 0.0, 0.0, False, True, 2, reference.arithmetic(theta.dtype))
+    rules = homotopy_rules(theta, strength, 1.0, 0.0, 0.0, False, True, 2, reference.arithmetic(theta.dtype))
     codes, bytes_, seed = _pattern(labels, theta, 2)
-    if not _concrete(theta):
+    if not concrete(theta):
         rules = torch.ops.hta_fused.checked(rules, bytes_ if codes is None else None, 2)
     return None if anchor is None else anchor.detach().reshape(-1), codes, bytes_, seed, rules.to(theta.device)

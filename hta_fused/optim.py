@@ -16,15 +16,16 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from . import proposals
-from .checks import choice, flag, number, shown, whole
+from .checks import choice, fakes, flag, number, shown, whole
 from .couplings import Coupling, Explicit, Homotopy, Parle
 from .distributed import StepAcross
 from .groups import check_coupling, check_together, coupling_settings, picked, settings_of, split
 from .kernels.formats import SCALED, TILE
 from .kernels.reference import NUMBERS, PROPOSE, RULE, SHARE, arithmetic
-from .ops import as_scalar, fakes, rules_of, step_buffers
+from .ops import as_scalar, step_buffers
 from .proposals import SGD, Proposal
 from .replicas import Replicas
+from .rules import rules_of
 from .state import STATE_FORMATS, FlatState, check_foreign, steps_of
 
 

@@ -4,6 +4,7 @@ import torch
 
 from hta_fused import kernels, ops
 from hta_fused.kernels.formats import SCALED, packed
+from hta_fused.rules import rules_of
 
 F32, BF16, F16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 SPLIT = {"split bf16": BF16, "split fp16": F16}
@@ -66,7 +67,7 @@ def run(
     first = used["copies"][0]
     m, n = used.get("shape", first.shape)
     codes, bytes_, seed = ops._pattern(labels, torch.empty(n, device=first.device), m)
-    rules = ops.rules_of(proposal, coupling, m, 3)[None].to(first.device, F32)
+    rules = rules_of(proposal, coupling, m, 3)[None].to(first.device, F32)
     moved = used["anchor"] if coupling.moves_anchor and phase & 2 else None
     kernels.BACKENDS[backend].ops.step_(
         used["copies"], used["grads"] if phase & 1 else [], used["states"] if phase & 1 else [], used["low"], used["anchor"], moved,

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import hta_fused as hta
 from hta_fused import ops
+from hta_fused.rules import rules_of
 
 needs_extension = pytest.mark.skipif(not hta.backends()["cpu"].startswith("available"), reason="no extension")
 # L, lr, momentum, weight decay, step.
@@ -156,7 +157,7 @@ def test_opcheck_of_the_rules():
     numbers = [torch.tensor(x, dtype=torch.float64) for x in (0.1, 0.9, 0.99, 1e-8, 0.01, 0.0, 0.2)]
     arguments = (numbers, "AdamW", "Elastic", "implicit", 3, 6, 2, torch.float32)
     torch.library.opcheck(torch.ops.hta_fused.rules, arguments)
-    expected = ops.rules_of(hta.AdamW(0.1, (0.9, 0.99), 1e-8, 0.01), hta.Elastic(0.2, every=3), 2, 6, torch.float32)
+    expected = rules_of(hta.AdamW(0.1, (0.9, 0.99), 1e-8, 0.01), hta.Elastic(0.2, every=3), 2, 6, torch.float32)
     assert torch.equal(torch.ops.hta_fused.rules(*arguments), expected[None])
 
 
@@ -365,7 +366,7 @@ def test_the_op_beneath_raises_rather_than_lose_a_tangent(backend):
     if backend == "reference":
         pytest.skip("plain functions")
     theta, eta = torch.randn(2, N).unbind()
-    rules = ops.rules_of(hta.SGD(1.0), hta.Explicit(0.3), 2, dtype=torch.float32)[None].to(theta.device)
+    rules = rules_of(hta.SGD(1.0), hta.Explicit(0.3), 2, dtype=torch.float32)[None].to(theta.device)
     penalty = lambda a, b: ops.kernels(theta).penalty([a, b], None, None, None, None, rules)[0]  # noqa: E731
     for how in ("jvp", "forward_ad"):
         with pytest.raises(NotImplementedError, match="has no forward derivative"):

@@ -21,6 +21,7 @@ from conftest import AVAILABLE, GPU, GPU_BACKENDS, LABELS, guarded, needs_emulat
 import hta_fused as hta
 from hta_fused import kernels, ops
 from hta_fused.kernels import nvrtc, reference
+from hta_fused.rules import rules_of
 
 ROOT = Path(__file__).parent.parent
 LOW = (torch.bfloat16, torch.float16)
@@ -173,7 +174,7 @@ def test_a_gradient_that_is_not_finite_is_said_wherever_it_is(backend, m, coupli
 def test_the_penalty_of_m_copies(backend, m, explicit):
     copies, anchor = list(torch.randn(m, 2500, dtype=torch.float64)), torch.randn(2500, dtype=torch.float64)
     labels, per_element = pattern("mixed", 2500, m)
-    rules = ops.rules_of(hta.SGD(1.0), hta.Explicit(0.3), m)[None].to(anchor.device)
+    rules = rules_of(hta.SGD(1.0), hta.Explicit(0.3), m)[None].to(anchor.device)
     value, grads = kernels.kernels(anchor).penalty(copies, anchor, labels.codes, labels.labels, None, rules)
     wide = [x.clone().requires_grad_() for x in copies]
     expected = sum(((a - b) ** 2).sum() for i, a in enumerate(wide) for b in wide[:i]) / 0.3
@@ -193,7 +194,7 @@ def test_a_step_cut_at_its_sum_is_the_whole_step(backend, m, proposal):
     proposal, n = PROPOSALS[proposal], 1500
     tensors = tensors_of(m, n, torch.float32, proposal)
     labels, _ = pattern("mixed", n, m)
-    rules = ops.rules_of(proposal, hta.Homotopy(0.05), m, 3)[None].to(tensors["anchor"].device, torch.float32)
+    rules = rules_of(proposal, hta.Homotopy(0.05), m, 3)[None].to(tensors["anchor"].device, torch.float32)
     step = kernels.kernels(tensors["copies"]).step_
 
     def run(used, sums, phase):
@@ -221,7 +222,7 @@ def test_copies_by_themselves_whose_parts_are_summed_are_the_whole_step(backend,
     tensors = tensors_of(m, n, torch.float32, proposal)
     labels, _ = pattern(kind, n, m)
     codes, bytes_, seed = ops._pattern(labels, tensors["copies"][0], m)
-    rules = ops.rules_of(proposal, coupling, m, 3)[None].to(tensors["anchor"].device, torch.float32)
+    rules = rules_of(proposal, coupling, m, 3)[None].to(tensors["anchor"].device, torch.float32)
     step = kernels.kernels(tensors["copies"]).step_
 
     def run(used, rows, rules, sums, phase):
@@ -279,7 +280,7 @@ def test_without_low_copies_none_are_written(low):
 def test_penalty_in_any_dtype(backend, dtype):
     copies, anchor = list(torch.randn(2, 5003).to(dtype)), torch.randn(5003).to(dtype)
     labels, per_element = pattern("mixed", 5003)
-    rules = ops.rules_of(hta.SGD(1.0), hta.Explicit(0.3), 2)[None].to(anchor.device, torch.float32)
+    rules = rules_of(hta.SGD(1.0), hta.Explicit(0.3), 2)[None].to(anchor.device, torch.float32)
     ours = kernels.kernels(anchor).penalty(copies, anchor, labels.codes, labels.labels, None, rules)
     theirs = reference.penalty(copies, anchor, None, per_element, None, rules)
     for a, b in zip(ours, theirs, strict=True):
@@ -330,9 +331,7 @@ def test_tiles_take_their_rows_of_labels_in_any_order(backend, m):
     tensors = tensors_of(m, n, torch.float32, proposal)
     bytes_ = torch.randint(0, m + 1, (9 * 1024,), dtype=torch.uint8)
     codes = torch.tensor([[group, ~row] for group, row in zip(groups, rows, strict=True)], dtype=torch.int32)
-    rules = torch.stack([ops.rules_of(hta.SGD(lr, 0.9), coupling, m) for lr in (0.1, 0.3)]).to(
-        bytes_.device, torch.float32
-    )
+    rules = torch.stack([rules_of(hta.SGD(lr, 0.9), coupling, m) for lr in (0.1, 0.3)]).to(bytes_.device, torch.float32)
     after = []
     for name in (backend, "reference"):
         hta.use_backend(name)
@@ -353,7 +352,7 @@ def test_codes_that_name_nothing_are_read_as_harmless(backend):
     copies, grads = torch.randn(2, 3 * 1024), torch.randn(2, 3 * 1024)
     codes = torch.tensor([[99, 1], [0, 77], [-5, -9]], dtype=torch.int32)
     stats = torch.zeros(4, dtype=torch.float64)
-    rules = ops.rules_of(hta.SGD(0.1), hta.Homotopy(0.1), 2)[None].to(stats.device, torch.float32)
+    rules = rules_of(hta.SGD(0.1), hta.Homotopy(0.1), 2)[None].to(stats.device, torch.float32)
     step = kernels.kernels(copies).step_
     step([copies], [grads], [], [], None, None, None, codes, None, None, rules, None, None, stats, 0, False, False, 3, [], [],
          None)  # fmt: skip

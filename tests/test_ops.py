@@ -15,6 +15,7 @@ from torch import nn
 import hta_fused as hta
 from hta_fused import ops
 from hta_fused.kernels import reference
+from hta_fused.rules import rules_of
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
@@ -362,7 +363,7 @@ def op_arguments(dtype=torch.float32, n=2100, m=2):
     stats = torch.zeros(4, dtype=torch.float64)
     x, g, v = (torch.randn(m, n, dtype=dtype) for _ in range(3))
     anchor = torch.randn(n, dtype=dtype)
-    rules = ops.rules_of(hta.SGD(0.1, 0.9), hta.Explicit(0.1), m)[None].to(stats.device, dtype)
+    rules = rules_of(hta.SGD(0.1, 0.9), hta.Explicit(0.1), m)[None].to(stats.device, dtype)
     pattern_ = (labels.codes, labels.labels, labels.seed, rules)
     return {
         "step_": (

@@ -14,6 +14,7 @@ import hta_fused as hta
 from hta_fused import kernels, ops
 from hta_fused.couplings import Coupling
 from hta_fused.kernels.reference import HASHED, PROPOSE, SHARE
+from hta_fused.rules import rules_of
 from hta_fused.train import data
 
 from .session import LEFT_OUT, default_device
@@ -73,7 +74,7 @@ def phases(shapes: Shapes) -> None:
         states = [torch.rand(m, SIZE) for _ in proposal.buffers]
         anchor, stats = torch.randn(SIZE), torch.zeros(4, dtype=torch.float64)
         pattern = ops._pattern(labels_of(kind, m), copies[0], m)
-        rules = ops.rules_of(proposal, COUPLINGS[0], m, 3)[None].to(anchor)
+        rules = rules_of(proposal, COUPLINGS[0], m, 3)[None].to(anchor)
         for phase in (PROPOSE, SHARE):
             given = ([grads], states) if phase == PROPOSE else ([], [])
             kernels.kernels(copies).step_([copies], *given, [], anchor, None, sums, *pattern, rules, None, None, stats,
@@ -84,7 +85,7 @@ def penalties(shapes: Shapes) -> None:
     for m, kind, dtype in product(shapes.copies, shapes.labels, (F32, F64)):
         copies, anchor = torch.randn(m, SIZE, dtype=dtype), torch.randn(SIZE, dtype=dtype)
         pattern = ops._pattern(labels_of(kind, m), copies[0], m)
-        rules = ops.rules_of(hta.SGD(1.0), hta.Explicit(0.3), m)[None].to(anchor)
+        rules = rules_of(hta.SGD(1.0), hta.Explicit(0.3), m)[None].to(anchor)
         kernel = kernels.kernels(anchor)
         kernel.penalty([copies], anchor, *pattern, rules)
         kernel.penalty_accumulate_([torch.zeros_like(copies)], [copies], anchor, *pattern, rules)

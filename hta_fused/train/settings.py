@@ -17,8 +17,8 @@ from ..checks import number, shown
 from ..couplings import Average, Coupling, Explicit, Homotopy
 from ..files import is_path
 from ..kernels.reference import MAX_COPIES
-from ..ops import rules_of
 from ..proposals import SGD
+from ..rules import rules_of
 from .rivals import OUTER_LR, OUTER_MOMENTUM
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
