@@ -5,7 +5,6 @@ checks.py, ops.py and the kernels.
 """
 
 import weakref
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -197,9 +196,9 @@ class StepAcross:
         self._there: Tensor | None = None  # on the copy's device
 
     @property
-    def digest(self) -> int:
-        """Of the rules, which all processes must share, and of whether they know a sum."""
-        return zlib.crc32(self._all.numpy().tobytes() + bytes([self._known is not None]))
+    def knows_sum(self) -> bool:
+        """Whether the next sum is sent as its change, which all processes must do."""
+        return self._known is not None
 
     def __call__(
         self, params: Tensor, grads: Tensor, states: Sequence[Tensor], low: Tensor | None, anchor: Tensor | None,
@@ -276,7 +275,8 @@ class StepAcross:
             skipped = of_pieces[0, 3]
             stats[:2] = torch.where(skipped > 0, stats[:2], of_pieces[:, :2].sum(0))
             stats[2:] = torch.stack([of_pieces[:, 2].amax(), stats[3] + skipped])
-        if known is None and self.processes.halves(params):
+        first = known is None and self.processes.halves(params)
+        if first and (found_inf is None or not found_inf.item()):  # a skipped step leaves no sum to begin from
             self._known = self._sums.clone()
 
     def _explicit_grads(

@@ -255,6 +255,11 @@ class FlatCopies(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FlatCopies":
         """What nn.Module does by `to`, `half`, `cuda` and the like: the copies move, and the buffers with them."""
+        if torch.__future__.get_overwrite_module_params_on_conversion():
+            raise RuntimeError(
+                "torch.__future__.set_overwrite_module_params_on_conversion must be False where Replicas are moved, got "
+                "True: their parameters lie in one buffer"
+            )
         self.masters.take(self._flat)
         probe = torch.empty(2, 2, 2, 2, dtype=self.dtype, device=self.device)
         moved = fn(probe)

@@ -12,8 +12,11 @@ from torch import Tensor
 from . import couplings
 from .checks import shown
 from .couplings import Coupling, Parle
-from .proposals import Proposal
+from .proposals import KINDS, Proposal
 from .replicas import Replicas
+
+# What param_groups hold beside a coupling's settings, which share their names with none of it.
+TAKEN = {f.name for kind in KINDS for f in fields(kind)} | {"params", "coupling", "steps", "dampening", "initial_lr"}
 
 
 def settings_of(of: Proposal | Coupling) -> dict[str, Any]:
@@ -49,6 +52,11 @@ def check_together(name: str, of_groups: Sequence[Coupling], replicas: Replicas)
 def check_coupling(coupling: Coupling, replicas: Replicas) -> None:
     if not isinstance(coupling, Coupling):
         raise TypeError(f"coupling must be one of {', '.join(couplings.BY_NAME)}, got {type(coupling).__name__}")
+    taken = [f.name for f in fields(coupling) if f.name in TAKEN]
+    if taken:
+        raise ValueError(
+            f"coupling {type(coupling).__name__} must not have a field {taken[0]!r}: param_groups have one"
+        )
     coupling.rules(replicas.count, 1.0, coupling.every)  # raises for what this number of copies cannot have
     if coupling.moves_anchor and replicas.anchor is None:
         raise ValueError(

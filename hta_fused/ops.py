@@ -162,7 +162,7 @@ def _as_stats(stats: Tensor | None, first: Tensor) -> Tensor:
     return stats
 
 
-def _check_apart(written: Mapping[str, Any], read: Mapping[str, Any], names: Mapping[str, str]) -> None:
+def check_apart(written: Mapping[str, Any], read: Mapping[str, Any], names: Mapping[str, str]) -> None:
     """Raises where a contiguous tensor that is written shares memory with another. Both: lists of tensors by name;
     names: what the user calls them."""
 
@@ -357,7 +357,7 @@ def _run(written: dict[str, list[Tensor]], g, anchor, labels, rules, kernel, exp
     if concrete(first):
         read = {"grads": g, "labels": [bytes_], "grad_scale": [scale], "found_inf": [found]}
         (written if moves_anchor else read)["anchor"] = [anchor]
-        _check_apart({**written, "stats": [stats]}, read, names)
+        check_apart({**written, "stats": [stats]}, read, names)
     else:
         rules = torch.ops.hta_fused.checked(rules, bytes_ if codes is None else None, len(x))
     flat_anchor = None if anchor is None else anchor.detach().view(-1)
@@ -569,7 +569,7 @@ def homotopy_penalty_accumulate_(
         _check_like(name, grad, theta)
     if concrete(theta):
         read = {"theta": [theta], "eta": [eta], "anchor": [anchor], "labels": [arguments[2]]}
-        _check_apart({"grad_theta": [grad_theta], "grad_eta": [grad_eta]}, read, {})
+        check_apart({"grad_theta": [grad_theta], "grad_eta": [grad_eta]}, read, {})
     with torch.no_grad():
         return kernels(theta).penalty_accumulate_(_flat([grad_theta, grad_eta]), _flat([theta, eta]), *arguments)
 

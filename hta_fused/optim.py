@@ -22,7 +22,7 @@ from .distributed import StepAcross
 from .groups import check_coupling, check_together, coupling_settings, picked, settings_of, split
 from .kernels.formats import SCALED, TILE
 from .kernels.reference import NUMBERS, PROPOSE, RULE, SHARE, arithmetic
-from .ops import as_scalar, step_buffers
+from .ops import as_scalar, check_apart, step_buffers
 from .proposals import SGD, Proposal
 from .replicas import Replicas
 from .rules import rules_of
@@ -103,6 +103,10 @@ class CoupledOptimizer(FlatState):
             raise ValueError(f"state_format={state_format!r} needs copies of float32, got {replicas.dtype}")
         if state_format != "full" and replicas.processes:
             raise ValueError(f"state_format must be 'full' where each process holds one copy, got {state_format!r}")
+        if not unscale and replicas.processes:
+            raise ValueError(
+                "unscale must be True where each process holds one copy, got False: a GradScaler would skip in one alone"
+            )
         self._state_format = state_format
         self._format = STATE_FORMATS[state_format]
         self._rounds = (self._format, replicas.anchor_format, replicas.master_format) != (
@@ -356,16 +360,17 @@ class CoupledOptimizer(FlatState):
             RuntimeError: the processes' settings differ, or their steps.
         """
         replicas, found_inf = self.replicas, getattr(self, "found_inf", None)
-        looks = found_inf is None and self.skip_nonfinite
         if found_inf is None:
             found_inf = torch.zeros(1, dtype=torch.float32, device=replicas.params.device)
             if self.skip_nonfinite:
                 found_inf.fill_(_any_nonfinite(replicas.grads))
-        if not (together and replicas.processes and (looks or hasattr(self, "found_inf"))):
+        if self._across is None or not together:
             return found_inf
-        seed = replicas.partition.seed
+        seed, coupling = replicas.partition.seed, self._made[0][1]
         state = (
-            getattr(self._across, "digest", 0),
+            zlib.crc32(self._rules_known.numpy().tobytes()),
+            (float(coupling.eta), float(coupling.rho)) if isinstance(coupling, Parle) else None,  # not in the rules
+            self._across.knows_sum,
             self._frozen,
             int(seed) if seed is not None and seed.is_cpu else None,
         )
@@ -373,7 +378,7 @@ class CoupledOptimizer(FlatState):
         same = float(zlib.crc32(repr(state).encode()) + step & 0xFFFFFF)
         asked = torch.tensor([0.0, same, -same], dtype=torch.float32, device=found_inf.device)
         asked[0] = found_inf.detach()
-        replicas.processes.largest_(asked)
+        self._across.processes.largest_(asked)
         if asked.is_cpu and len(set(map(abs, asked.tolist()[1:]))) > 1:
             raise RuntimeError(
                 "lr, L and all other settings, what is frozen and the partition's seed must be the same in all processes, but "
@@ -627,7 +632,7 @@ class CoupledOptimizer(FlatState):
 
     def _params_of_groups(self) -> list[list[int]]:
         """Which parameters are in which group, by identity."""
-        return [list(map(id, group["params"])) for group in self.param_groups]
+        return [list(map(id, group.get("params", ()))) for group in self.param_groups]
 
     def _write_codes(self) -> None:
         """Says for each tile which row of the rules it is given."""
@@ -658,6 +663,7 @@ class CoupledOptimizer(FlatState):
         replicas = self.replicas
         if replicas.anchor is not self._anchor:
             replicas.check_anchor()
+            self._check_anchor_apart()
             self._make_buffers()
         if replicas.grads is not self._bound:
             self._move()
@@ -667,6 +673,14 @@ class CoupledOptimizer(FlatState):
             self._frozen = list(replicas.frozen)
             self._write_codes()
             self._make_buffers()
+
+    def _check_anchor_apart(self) -> None:
+        """Refuses an anchor that lies where copies, gradients or their buffers do: a step writes both."""
+        replicas, anchor = self.replicas, self.replicas.anchor
+        if anchor is not None:
+            low = replicas.masters.low
+            others = {"params": replicas.masters.rows, "grads": replicas.grads, "low": () if low is None else low}
+            check_apart({"anchor": [anchor]}, {**others, **self._idle, **self._buffers}, {})
 
     @torch.inference_mode(False)
     def _move(self) -> None:

@@ -81,6 +81,8 @@ class CouplingScheduler:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`; sets that epoch's values."""
+        if not isinstance(state_dict, Mapping) or "epoch" not in state_dict:
+            raise ValueError(f"state_dict must be a CouplingScheduler's, with an epoch, got {shown(state_dict)}")
         self._go_to(whole("epoch", state_dict["epoch"], 0, 2**63 - 1))
 
     def get_last_value(self) -> dict[str, float]:

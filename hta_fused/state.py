@@ -135,10 +135,13 @@ class FlatState(torch.optim.Optimizer):
             ValueError, TypeError: groups or a buffer's shape differ, or settings are missing or not in their range; nothing is
                 changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            _check_form(state_dict)
         final, kept = state_dict, [dict(group) for group in self.param_groups]
 
         def catch(optimizer: Any, loaded: dict[str, Any]) -> None:  # after the user's own hooks have had their say
             nonlocal final
+            _check_form(loaded)
             # As many as both have: torch counts them.
             groups = [self._with_coupling(*both) for both in zip(loaded["param_groups"], kept, strict=False)]
             self._check_groups("state_dict's param_groups", groups)
@@ -197,6 +200,7 @@ class FlatState(torch.optim.Optimizer):
             state_dict: of an optimizer over parameters of the same shapes in param_groups' order.
         """
         row = self._row(copy)
+        _check_form(state_dict)
         self._take_edits()
         layout = self.replicas.layout
         groups = state_dict["param_groups"]
@@ -213,6 +217,8 @@ class FlatState(torch.optim.Optimizer):
             self._proposal_of({**group, **{k: v for k, v in saved.items() if k in settings_of(self.proposal)}})
             for i, key in zip(self._indices(group), saved["params"], strict=True):
                 entry = state_dict["state"].get(key, {})
+                if not isinstance(entry, Mapping):
+                    raise TypeError(f"state_dict's entry of parameter {key} must be a dict, got {shown(entry)}")
                 steps |= (
                     {steps_of(f"state_dict's step of parameter {key}", entry["step"])} if "step" in entry else set()
                 )
@@ -428,6 +434,24 @@ def steps_of(name: str, value: Any) -> int:
     return int(steps)
 
 
+def _check_form(state_dict: Any) -> None:
+    """Refuses what has not the form of an optimizer's state_dict.
+
+    Raises:
+        TypeError, ValueError: it is no dict, or its `state` or `param_groups` are missing or not what torch has there.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a dict, got {shown(state_dict)}")
+    for name, kind, what in (("param_groups", list | tuple, "a list"), ("state", Mapping, "a dict")):
+        if name not in state_dict:
+            raise ValueError(f"{name} is missing in state_dict: it is no optimizer's")
+        if not isinstance(state_dict[name], kind):
+            raise TypeError(f"{name} of state_dict must be {what}, got {shown(state_dict[name])}")
+    for group in state_dict["param_groups"]:
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+            raise TypeError(f"param_groups of state_dict must be dicts with a list 'params', got {shown(group)}")
+
+
 def _exactly(shown: int, clock: int) -> int:
     """A number of steps of which `state` shows what float32 holds, every whole number up to 2^24 and ever fewer beyond: the
     clock's, unless another one was put there."""
@@ -446,6 +470,8 @@ def check_foreign(saved: Mapping[str, Any]) -> None:
     """Refuses a group of torch's own optimizers with what these here do not have."""
     if saved.get("dampening") or saved.get("amsgrad"):
         raise ValueError("state_dict has dampening or amsgrad set, which this optimizer does not have")
+    if "decoupled_weight_decay" in saved and not {"amsgrad", "momentum_decay"} & saved.keys():
+        raise ValueError("state_dict has the groups of torch.optim.RAdam, not of AdamW: it is of another optimizer")
     if "momentum_decay" in saved:
         raise ValueError("state_dict has momentum_decay, of torch.optim.NAdam, which this optimizer does not have")
     if saved.get("decoupled_weight_decay") is False and saved.get("weight_decay"):

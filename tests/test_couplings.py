@@ -5,7 +5,7 @@ import io
 import itertools
 import math
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 
 import numpy as np
 import pytest
@@ -863,6 +863,35 @@ def test_a_coupling_that_moves_the_anchor_needs_one(coupling):
     x = torch.randn(3, 5)
     with pytest.raises(ValueError, match="^anchor must be a tensor"):
         hta.coupled_step_(x, x.clone(), None, None, proposal=PLAIN_SGD, coupling=coupling)
+
+
+@pytest.mark.parametrize("taken", ["momentum", "lr", "betas", "params", "steps", "initial_lr"])
+def test_a_field_that_param_groups_have_already_is_refused(taken):
+    fields = [(taken, float, field(default=0.0))]
+    own = make_dataclass("Own", fields, bases=(hta.couplings.Coupling,), frozen=True)()
+    task = Task(2)
+    with pytest.raises(ValueError, match=f"^coupling Own must not have a field '{taken}'"):
+        task.optimizer(PLAIN_SGD, own)
+    optimizer = task.optimizer(PLAIN_SGD, hta.EMA())
+    before = dict(optimizer.param_groups[0])
+    with pytest.raises(ValueError, match=f"^coupling Own must not have a field '{taken}'"):
+        optimizer.coupling = own
+    assert optimizer.param_groups[0] == before
+
+
+def test_a_group_that_averages_toward_nothing_leaves_its_anchor():
+    replicas = hta.Replicas(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), partition={})
+    name = replicas.layout.names[0]
+    optimizer = hta.CoupledOptimizer(
+        replicas, PLAIN_SGD, hta.Average(every=2), groups=[{"params": [name], "toward": 1.0}]
+    )
+    start = replicas.anchor.clone()
+    for _ in range(4):
+        replicas.grads.normal_()
+        optimizer.step()
+    moved = replicas.layout.views(replicas.anchor != start)
+    assert moved[0].all()
+    assert not any(view.any() for view in moved[1:])
 
 
 def test_what_is_no_coupling_is_refused():

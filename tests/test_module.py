@@ -535,7 +535,7 @@ def test_the_penalty_is_the_last_steps_whatever_is_assigned_since():
     assert math.isnan(optimizer.stats.penalty)
 
 
-@pytest.mark.parametrize("foreign", [torch.optim.Adamax, torch.optim.NAdam])
+@pytest.mark.parametrize("foreign", [torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam])
 def test_the_state_of_another_optimizer_is_refused(foreign):
     net = torch.nn.Linear(4, 4)
     theirs = foreign(net.parameters(), lr=0.01)
@@ -545,6 +545,54 @@ def test_the_state_of_another_optimizer_is_refused(foreign):
     for load in (optimizer.load_state_dict, lambda state: optimizer.load_torch_state_dict(0, state)):
         with pytest.raises(ValueError, match="another optimizer|NAdam|missing"):
             load(theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: {},
+        lambda state: None,
+        lambda state: [state],
+        lambda state: {**state, "state": None},
+        lambda state: {**state, "param_groups": None},
+        lambda state: {**state, "param_groups": [3]},
+        lambda state: {**state, "param_groups": [{k: v for k, v in state["param_groups"][0].items() if k != "params"}]},
+        lambda state: {**state, "param_groups": [{**state["param_groups"][0], "params": 0}]},
+        lambda state: {**state, "state": {0: 3}},
+        lambda state: {k: v for k, v in state.items() if k != "state"},
+    ],
+)
+def test_what_is_no_state_dict_is_named(spoil):
+    net = torch.nn.Linear(4, 4)
+    optimizer = hta.CoupledOptimizer(hta.Replicas(net, 1, {}), hta.AdamW(0.01), hta.Average(every=100))
+    for load in (optimizer.load_state_dict, lambda state: optimizer.load_torch_state_dict(0, state)):
+        with pytest.raises((TypeError, ValueError), match="state_dict") as error:
+            load(spoil(torch.optim.AdamW(net.parameters()).state_dict()))
+        assert "\n" not in str(error.value)
+    scheduler = hta.schedule.CouplingScheduler(optimizer, toward=lambda epoch: 0.0)
+    for wrong in ({}, None, []):
+        with pytest.raises(ValueError, match="state_dict must be a CouplingScheduler's"):
+            scheduler.load_state_dict(wrong)
+
+
+def test_params_that_a_group_has_lost_are_named():
+    optimizer = pair()
+    del optimizer.param_groups[0]["params"]
+    with pytest.raises(ValueError, match="params of param_groups must stay those"):
+        optimizer.step()
+
+
+def test_parameters_that_would_be_replaced_as_they_move_are_refused():
+    replicas = hta.Replicas(Net())
+    before = [p.dtype for p in replicas.parameters()]
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with pytest.raises(RuntimeError, match="set_overwrite_module_params_on_conversion must be False"):
+            replicas.double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert [p.dtype for p in replicas.parameters()] == before
+    assert replicas.double().dtype == torch.float64
 
 
 @pytest.mark.parametrize("step", [-3, 2.5, math.nan, 1e30])
@@ -1106,6 +1154,22 @@ def test_an_assigned_anchor_counts_or_is_named():
         with pytest.raises(ValueError, match="anchor must be a contiguous tensor of shape"):
             optimizer.step()
         assert optimizer.steps == steps
+
+
+@pytest.mark.parametrize("place", ["params", "grads", "momentum_buffer", "frozen or not"])
+def test_an_anchor_that_lies_where_a_step_writes_is_refused(place):
+    optimizer = pair(coupling=hta.EMA(0.5))
+    train(optimizer, [batch()])
+    replicas = optimizer.replicas
+    whole = {"params": replicas.params, "grads": replicas.grads, **optimizer._buffers, "frozen or not": replicas.params}
+    row = whole[place][1]
+    replicas.anchor = row if place != "frozen or not" else row.view(-1)[:]  # another view of the same
+    before = [t.clone() for t in (replicas.params, *optimizer._buffers.values())]
+    with pytest.raises(ValueError, match="anchor.* must not share memory with|must not share memory with anchor"):
+        optimizer.step()
+    assert all(map(torch.equal, before, (replicas.params, *optimizer._buffers.values())))
+    replicas.anchor = row.clone()
+    train(optimizer, [batch()])
 
 
 def test_settings_of_others_in_param_groups_are_left_alone():
