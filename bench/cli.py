@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     terminal = parser()
     options = terminal.parse_args(argv)
-    try:
+    with terminal.ending_in_one_line("nothing was written"):
         if options.what == "report":
             page = report(options.dir)
             write_text(options.dir / "report.md", page)
@@ -262,6 +262,10 @@ def main(argv: list[str] | None = None) -> None:
         if options.out:
             terminal.need("bench")
             terminal.check_folder("--out", options.out)
+        if against := getattr(options, "against", None):
+            terminal.check_folder("--against", against, written=False)
+            if not measure.Elsewhere.serves(against):
+                terminal.error(f"--against must be a checkout of hta_fused, got {against}")
         options.rounds = getattr(options, "rounds", None) or (5 if options.quick else _rounds(options.what))
         if options.threads:
             torch.set_num_threads(options.threads)
@@ -278,8 +282,6 @@ def main(argv: list[str] | None = None) -> None:
             content = {"machine": machine, "command": "hta-bench " + " ".join(argv), "results": results}
             write_json(stem.with_suffix(".json"), content)
             draw(options.what, results, stem.with_suffix(".png"), describe(machine))
-    except (ValueError, OSError) as error:
-        terminal.fail(error)
 
 
 if __name__ == "__main__":

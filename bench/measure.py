@@ -443,6 +443,11 @@ for line in sys.stdin:
     print(time.perf_counter() - start, flush=True)
 """
 
+    @staticmethod
+    def serves(checkout: Path) -> bool:
+        """Whether a folder looks like a checkout."""
+        return all((checkout / part / "__init__.py").is_file() for part in ("hta_fused", "bench"))
+
     def __init__(self, checkout: Path, elements: int):
         self.checkout, self.elements = checkout.resolve(), elements
 

@@ -67,7 +67,7 @@ class CoupledOptimizer(FlatState):
             scale for each 128 elements, csrc/formats.h), both rounded at random such that nothing is lost on average. `state`
             does not show buffers of bytes, but takes what is assigned there; state_dicts are as those of "full".
         unscale: a GradScaler leaves it to `step` to divide the gradients, which saves a pass. Lightning clips no
-            gradients of such an optimizer in mixed precision: False is for it.
+            gradients of such an optimizer in mixed precision: False is for it. With a group it must be True.
 
     Raises:
         ValueError: a setting outside its range or too large for the parameters' dtype, a name that the model does not

@@ -8,10 +8,14 @@ import difflib
 import os
 import re
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
 
 from . import extras
 from .files import is_path
@@ -94,6 +98,28 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{where} is a file, not a folder")
         if written and not os.access(place, os.W_OK | os.X_OK):
             self.fail(f"{where} may not be written to")
+
+    @contextmanager
+    def ending_in_one_line(self, then: str) -> Iterator[None]:
+        """Around a command's work: what stops it, and what it expects to fail by, is said in one line. then: what to do, or what
+        has become of the work."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.say(f"stopped; {then}")
+            raise SystemExit(128 + signal.SIGINT) from None
+        except (OSError, ValueError, FloatingPointError) as error:
+            self.fail(error)
+        except (MemoryError, RuntimeError) as error:
+            if not no_memory(error):
+                raise
+            self.fail(f"no memory left; {then}")
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether it is Python's or torch's word for memory that has run out."""
+    of_the_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return of_the_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
 def called(command: str) -> str:

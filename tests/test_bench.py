@@ -139,7 +139,9 @@ def test_a_line_fits_a_line():
         (["ops", "--rounds", "1"], "--rounds must be at least 2, got 1"),
         (["copies", "--copies", "0"], "--copies must be from 1 to 32, got 0"),
         (["copies", "--proposals", "Lion"], "--proposals must be among SGD, AdamW"),
-        (["copies", "--against", "/nowhere"], "/nowhere"),
+        (["copies", "--against", "/nowhere"], "--against must be a checkout of hta_fused, got /nowhere"),
+        (["copies", "--against", "/tmp"], "--against must be a checkout of hta_fused, got /tmp"),
+        (["copies", "--against", __file__], f"--against {__file__} is a file, not a folder"),
         (["copies", " "], "unknown argument ' '"),
         (["report", "/nowhere"], "/nowhere holds no results"),
         (["ops", "--threads", "9999"], "--threads must be at most "),
@@ -165,6 +167,24 @@ def test_nonsense_is_answered_in_a_line(argv, message, capsys, monkeypatch):
     assert error.startswith("hta-bench: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(KeyboardInterrupt(), "stopped; nothing was written"), (MemoryError(), "no memory left; nothing was written")],
+)
+def test_what_ends_a_measurement_is_said_in_a_line(tmp_path, monkeypatch, capsys, error, said):
+    def measured(_):
+        yield {"title": "x", "times": {}}
+        raise error
+
+    monkeypatch.setitem(cli.WHAT, "ops", (measured, ""))
+    monkeypatch.setattr(measure, "show", str)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["ops", "--quick", "--out", str(tmp_path / "out")])
+    assert stop.value.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert capsys.readouterr().err == f"hta-bench: {said}\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_checkouts_step_is_timed_in_the_same_rounds(tmp_path):

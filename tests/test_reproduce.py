@@ -119,7 +119,8 @@ def test_an_interval_is_students():
     [
         (["table2", "--scale", "huge", "--out", "x"], "--scale must be one of quick, cpu, full"),
         (["table2", "--data-dir", "nowhere", "--out", "x"], "CIFAR-10 is not in nowhere"),
-        (["dropout", "--device", "tpu", "--out", "x"], "device must be auto, cpu, cuda or cuda:N"),
+        (["dropout", "--device", "tpu", "--out", "x"], "--device must be auto, cpu, cuda or cuda:N"),
+        (["table2", "--scale", "quick", "--device", "cuda:99", "--out", "x"], "--device must be "),
         (["table3", "--quick", "--out", "x"], "--quick is another command's flag: see --help"),
         (["smalldata", "--images", "0", "--out", "x"], "--images must be from 1 to 49999, got 0"),
         (["map", "--quick", "--out", ""], "--out must be a path, got ''"),
@@ -135,7 +136,7 @@ def test_nonsense_is_answered_in_a_line(tmp_path, monkeypatch, capsys, flags, me
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
-    assert not [path for path in tmp_path.iterdir() if path.name != "x"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

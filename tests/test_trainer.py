@@ -158,6 +158,16 @@ def test_tensorboard_is_written_to_where_it_is_installed(tmp_path, monkeypatch, 
     assert any(line.startswith("nothing is written for TensorBoard") for line in said) is not wanted
 
 
+def test_networks_that_are_gone_are_said_to_be(tmp_path):
+    out, said = tmp_path / "run", []
+    assert Trainer(replace(TINY, epochs=1, method="sgd", seeds=2, out=out), report=lambda _: None).train()
+    for seed, left in ((1, "and sgd-seed0.pt holds a trained network"), (0, "curves.png shows every epoch.")):
+        (out / f"sgd-seed{seed}.pt").unlink()
+        assert Trainer.resume(out, report=said.append).train()
+        assert f"sgd-seed{seed}.pt is gone: nothing else holds the network of a run that has ended" in said
+        assert left in " ".join(said[-1].split())
+
+
 # ------------------------------------------------------------------------------------------------- stopped and resumed
 
 

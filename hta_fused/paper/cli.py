@@ -6,11 +6,13 @@ Everything is seeded.
 from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from ..terminal import Parser, path, whole_number
 from ..train import machine
+from ..train.cli import typed
 from . import convergence, figure1, mapped, networks, quadratic, smalldata, table1
 from .runs import Scale
 
@@ -82,34 +84,37 @@ def main(argv: list[str] | None = None) -> None:
     options = terminal.parse_args(argv)
     terminal.need("paper")
     terminal.check_folder("--out", options.out)
-    try:
-        if options.experiment in SMALL:
-            options.out.mkdir(parents=True, exist_ok=True)
-            SMALL[options.experiment](options.out, options.quick)
-        else:
-            terminal.check_folder("--data-dir", options.data_dir, written=False)
-            run, scales = TRAINED[options.experiment]
-            scale = asked(scales[options.scale], options)
-            machine.check(scale.settings)
-            if scale.name == "full" and scale.settings.torch_device.type == "cpu":
-                much = f"{scale.settings.epochs} epochs a run, {scale.seeds} seeds"
-                terminal.say(
-                    f"--scale full is for a GPU, and will take very long on this CPU ({much}); see --scale cpu"
-                )
-            options.out.mkdir(parents=True, exist_ok=True)
-            run(options.out, scale)
-    except KeyboardInterrupt:
-        terminal.say("stopped; the same command goes on")
-        raise SystemExit(130) from None
-    except (OSError, ValueError, FloatingPointError) as error:
-        terminal.fail(error)
-    except BrokenExecutor:
-        terminal.fail("a run's process has ended, killed or for want of memory; the same command goes on")
-    except (MemoryError, RuntimeError) as error:
-        if not machine.no_memory(error):
+    there = options.out.exists()
+    with terminal.ending_in_one_line("the same command goes on"):
+        try:
+            _experiment(terminal, options)
+        except BaseException as error:
+            if not there:
+                with suppress(OSError):  # something came of it
+                    options.out.rmdir()
+            if isinstance(error, BrokenExecutor):
+                terminal.fail("a run's process has ended, killed or for want of memory; the same command goes on")
             raise
-        terminal.fail("no memory left; the same command goes on")
-    print(f"{options.out}: " + ", ".join(sorted(p.name for p in options.out.iterdir())))
+        print(f"{options.out}: " + ", ".join(sorted(p.name for p in options.out.iterdir())), flush=True)
+
+
+def _experiment(terminal: Parser, options: Namespace) -> None:
+    if options.experiment in SMALL:
+        options.out.mkdir(parents=True, exist_ok=True)
+        SMALL[options.experiment](options.out, options.quick)
+        return
+    terminal.check_folder("--data-dir", options.data_dir, written=False)
+    run, scales = TRAINED[options.experiment]
+    try:
+        scale = asked(scales[options.scale], options)
+        machine.check(scale.settings)
+    except ValueError as error:
+        terminal.error(typed(str(error)))
+    if scale.name == "full" and scale.settings.torch_device.type == "cpu":
+        much = f"{scale.settings.epochs} epochs a run, {scale.seeds} seeds"
+        terminal.say(f"--scale full is for a GPU, and will take very long on this CPU ({much}); see --scale cpu")
+    options.out.mkdir(parents=True, exist_ok=True)
+    run(options.out, scale)
 
 
 def asked(scale: Scale, options: Namespace) -> Scale:

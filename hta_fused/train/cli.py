@@ -18,7 +18,7 @@ import torch
 from .. import __version__
 from ..extras import needs
 from ..files import read_json
-from ..terminal import FAILURE, Parser, called, path
+from ..terminal import FAILURE, Parser, called, no_memory, path
 from . import machine
 from .comparison import Trainer
 from .exported import evaluate_file
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         terminal.fail(error)
     except (MemoryError, RuntimeError) as error:
-        if not machine.no_memory(error):
+        if not no_memory(error):
             raise
         terminal.fail(NO_MEMORY)
     print(f"{evaluate}: test accuracy {accuracy:.2f}%, test loss {loss:.4f}")
@@ -262,7 +262,7 @@ def train(terminal: Terminal, settings: Settings, given: dict[str, Any], new: bo
                 os._exit(FAILURE)  # the group's threads, which wait for those that are gone, would abort an orderly end
             if trainer is None and isinstance(error, ValueError | OSError):
                 terminal.fail(typed(str(error)) if isinstance(error, ValueError) else error)
-            what = NO_MEMORY if machine.no_memory(error) else error
+            what = NO_MEMORY if no_memory(error) else error
             expected = isinstance(error, OSError) or what is not error
             if what is not error and team.group is not None:  # others do not know of it
                 terminal.speaks, what = True, f"rank {team.rank}: {what}"

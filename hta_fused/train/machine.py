@@ -70,12 +70,6 @@ def fastest_precision() -> Literal["fp32", "bf16"]:
     return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
 
 
-def no_memory(error: BaseException) -> bool:
-    """Whether it is Python's or torch's word for memory that has run out."""
-    of_the_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return of_the_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError)
-
-
 def memory(settings: Settings, copies: int | None = None) -> int:
     """Bytes that parameters, gradients, momenta, the anchor and averages take, of some or of all copies; activations and images come on
     top."""

@@ -133,7 +133,7 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(line(row) for row in rows)
 
 
-def in_words(summary: dict[str, Any], out: Path, network: str, command: str) -> str:
+def in_words(summary: dict[str, Any], out: Path, network: str | None, command: str) -> str:
     """Three sentences: what the table shows, where the files are, what to try next.
 
     A difference is called one where it is at least twice its standard error: over the seeds, paired, or for one seed
@@ -142,7 +142,7 @@ def in_words(summary: dict[str, Any], out: Path, network: str, command: str) -> 
     Args:
         summary: as `summarise` makes it.
         out: the run's folder.
-        network: the name of one of its exported networks.
+        network: the name of one of its exported networks, if there is any left.
         command: how hta-train is called here.
     """
     runs = summary["runs"]
@@ -165,7 +165,7 @@ def in_words(summary: dict[str, Any], out: Path, network: str, command: str) -> 
             following = "more epochs and seeds; where averages of copies are reported to pay, runs are long:"
             flags += f" --epochs {max(9, 3 * settings['epochs'])} --seeds 5"
     flags += f" --dataset {settings['dataset']}" * (settings["dataset"] != "digits")
-    where = f"in {out}, curves.png shows every epoch, and {network} holds a trained network."
+    where = f"in {out}, curves.png shows every epoch{f', and {network} holds a trained network' * bool(network)}."
     told = [f"What it shows: {shows} ({error})", f"Where it is: {where}", f"What to try: {following}"]
     wrapped = [textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False) for text in told]
     typed = textwrap.wrap(f"{command} {flags}", 73, break_on_hyphens=False)
