@@ -141,6 +141,7 @@ class CoupledOptimizer(FlatState):
         self._warned = False
         self._index_of = {id(p): i for i, p in enumerate(replicas.trained[0])}  # in the layout, by copy 0's parameter
         check_coupling(coupling, replicas)
+        self._check_anchor()
         defaults = {**settings_of(proposal), "dampening": 0.0, **coupling_settings(coupling)}
         if not isinstance(proposal, SGD):
             del defaults["dampening"]
@@ -662,8 +663,7 @@ class CoupledOptimizer(FlatState):
         there are any."""
         replicas = self.replicas
         if replicas.anchor is not self._anchor:
-            replicas.check_anchor()
-            self._check_anchor_apart()
+            self._check_anchor()
             self._make_buffers()
         if replicas.grads is not self._bound:
             self._move()
@@ -674,9 +674,11 @@ class CoupledOptimizer(FlatState):
             self._write_codes()
             self._make_buffers()
 
-    def _check_anchor_apart(self) -> None:
-        """Refuses an anchor that lies where copies, gradients or their buffers do: a step writes both."""
+    def _check_anchor(self) -> None:
+        """Refuses an assigned anchor that is not like a copy, or lies where copies, gradients or their buffers do: a step
+        writes both."""
         replicas, anchor = self.replicas, self.replicas.anchor
+        replicas.check_anchor()
         if anchor is not None:
             low = replicas.masters.low
             others = {"params": replicas.masters.rows, "grads": replicas.grads, "low": () if low is None else low}

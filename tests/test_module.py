@@ -1154,6 +1154,8 @@ def test_an_assigned_anchor_counts_or_is_named():
         with pytest.raises(ValueError, match="anchor must be a contiguous tensor of shape"):
             optimizer.step()
         assert optimizer.steps == steps
+        with pytest.raises(ValueError, match="anchor must be a contiguous tensor of shape"):
+            hta.HomotopySGD(optimizer.replicas, 0.1)
 
 
 @pytest.mark.parametrize("place", ["params", "grads", "momentum_buffer", "frozen or not"])
@@ -1168,6 +1170,9 @@ def test_an_anchor_that_lies_where_a_step_writes_is_refused(place):
     with pytest.raises(ValueError, match="anchor.* must not share memory with|must not share memory with anchor"):
         optimizer.step()
     assert all(map(torch.equal, before, (replicas.params, *optimizer._buffers.values())))
+    if place != "momentum_buffer":  # which a new optimizer does not know
+        with pytest.raises(ValueError, match="must not share memory with"):
+            hta.CoupledOptimizer(replicas, hta.SGD(0.1), hta.EMA())
     replicas.anchor = row.clone()
     train(optimizer, [batch()])
 
