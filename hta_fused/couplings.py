@@ -328,7 +328,7 @@ class Average(Coupling):
         if step % self.every:
             return Toward(self.toward).rules(copies, step_size)
         row = (1 / copies, 0.0, 1.0, 0.0, 1.0)
-        return _table(copies, lambda label, copy: row, (0.0, 0.0, 1.0, 0.0, 0.0) if self.toward else FIXED)
+        return _table(copies, lambda label, copy: row, (0.0, 0.0, 1.0, 0.0, 0.0) if self.moves_anchor else FIXED)
 
 
 BY_NAME = {c.__name__: c for c in (Homotopy, Explicit, EMA, Lookahead, Elastic, Parle, Toward, Average)}

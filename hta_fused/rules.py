@@ -133,13 +133,13 @@ _cached_rules = _cached(rules_of)
 def coupled_rules(
     like: Tensor, proposal: Proposal, coupling: Coupling, copies: int, step: int, dtype: torch.dtype
 ) -> Tensor:
+    name = type(coupling).__name__
+    known = couplings.BY_NAME.get(name) is type(coupling)  # a user's own may be anything
     if concrete(like):
         if isinstance(proposal.lr, Tensor):
             proposal = replace(proposal, lr=float(proposal.lr))
-        known = couplings.BY_NAME.get(type(coupling).__name__) is type(coupling)  # a user's own may be anything
         return (_cached_rules if known else rules_of)(proposal, coupling, copies, step, dtype)[None]
-    name = type(coupling).__name__
-    if couplings.BY_NAME.get(name) is not type(coupling):  # a user's own, whose rules the compiler traces
+    if not known:  # the compiler traces its rules
         return rules_of(proposal, coupling, copies, step, dtype)[None]
     numbers = _as_tensors([*_numbers(proposal), *_numbers(coupling)])
     mode = getattr(coupling, "mode", "")

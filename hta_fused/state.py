@@ -135,7 +135,7 @@ class FlatState(torch.optim.Optimizer):
             ValueError, TypeError: groups or a buffer's shape differ, or settings are missing or not in their range; nothing is
                 changed then.
         """
-        if not isinstance(state_dict, Mapping):
+        if not isinstance(state_dict, Mapping):  # what is one, the user's hooks may still bring into form
             _check_form(state_dict)
         final, kept = state_dict, [dict(group) for group in self.param_groups]
 

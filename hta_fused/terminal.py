@@ -1,6 +1,6 @@
 """What the commands share: help that fits a terminal, errors in one line, checks that come before the work.
 
-Imports extras.py and files.py.
+Imports torch, extras.py and files.py.
 """
 
 import argparse
@@ -100,9 +100,9 @@ class Parser(argparse.ArgumentParser):
             self.fail(f"{where} may not be written to")
 
     @contextmanager
-    def ending_in_one_line(self, then: str) -> Iterator[None]:
+    def ending_in_one_line(self, then: str, remedy: str | None = None) -> Iterator[None]:
         """Around a command's work: what stops it, and what it expects to fail by, is said in one line. then: what to do, or what
-        has become of the work."""
+        has become of the work; remedy: what else to say where memory runs out."""
         try:
             yield
         except KeyboardInterrupt:
@@ -113,7 +113,7 @@ class Parser(argparse.ArgumentParser):
         except (MemoryError, RuntimeError) as error:
             if not no_memory(error):
                 raise
-            self.fail(f"no memory left; {then}")
+            self.fail(remedy or f"no memory left; {then}")
 
 
 def no_memory(error: BaseException) -> bool:

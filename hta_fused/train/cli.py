@@ -121,14 +121,8 @@ def main(argv: list[str] | None = None) -> None:
             terminal.check_folder("--out", settings.out)
         train(terminal, settings, given, new=not resume)
         return
-    try:
+    with terminal.ending_in_one_line("nothing was written", NO_MEMORY):
         loss, accuracy = evaluate_file(evaluate, settings)
-    except (ValueError, OSError) as error:
-        terminal.fail(error)
-    except (MemoryError, RuntimeError) as error:
-        if not no_memory(error):
-            raise
-        terminal.fail(NO_MEMORY)
     print(f"{evaluate}: test accuracy {accuracy:.2f}%, test loss {loss:.4f}")
 
 

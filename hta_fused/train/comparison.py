@@ -326,10 +326,12 @@ class Trainer:
         if not (isinstance(known, dict) and known.get("runs") == summary["runs"]):
             save_atomically(self.out / "curves.png", lambda path: curves(self.rows, path))
             write_json(file, summary)
-        networks = {file.name: file.is_file() for file in (self.out / f"{job.name}.pt" for job in self.jobs)}
-        for name in (name for name, there in networks.items() if not there):  # of a run that had ended before
-            self.report(f"{name} is gone: nothing else holds the network of a run that has ended")
-        left = [name for name, there in networks.items() if there]
+        left = []
+        for name in (f"{job.name}.pt" for job in self.jobs):
+            if (self.out / name).is_file():
+                left.append(name)
+            else:
+                self.report(f"{name} is gone: nothing else holds the network of a run that has ended")
         words = in_words(summary, self.out, left[-1] if left else None, called("hta-train"))
         self.report(f"\n{table(summary)}\n\n{words}")
 

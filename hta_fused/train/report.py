@@ -165,7 +165,8 @@ def in_words(summary: dict[str, Any], out: Path, network: str | None, command: s
             following = "more epochs and seeds; where averages of copies are reported to pay, runs are long:"
             flags += f" --epochs {max(9, 3 * settings['epochs'])} --seeds 5"
     flags += f" --dataset {settings['dataset']}" * (settings["dataset"] != "digits")
-    where = f"in {out}, curves.png shows every epoch{f', and {network} holds a trained network' * bool(network)}."
+    holds = f", and {network} holds a trained network" if network else ""
+    where = f"in {out}, curves.png shows every epoch{holds}."
     told = [f"What it shows: {shows} ({error})", f"Where it is: {where}", f"What to try: {following}"]
     wrapped = [textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False) for text in told]
     typed = textwrap.wrap(f"{command} {flags}", 73, break_on_hyphens=False)
